@@ -1,0 +1,76 @@
+"""Device, dtype, seeds, memory and several GPUs: what differs between machines, in one place."""
+
+import hashlib
+import os
+import random
+import resource
+import sys
+
+import numpy as np
+import torch
+
+from common.run import UserError
+
+
+def pick_device(name="auto"):
+    """"auto" is CUDA where there is one, else the CPU. UserError for a device that this machine lacks."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if available["cuda"] else "cpu"
+    kind = name.split(":")[0]
+    if not available.get(kind, False):
+        raise UserError(f"--device {name}: not available here (have: {', '.join(k for k, v in available.items() if v)})")
+    if kind == "cuda" and "LOCAL_RANK" in os.environ and ":" not in name:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """Of the frozen backbone. "auto": bfloat16 on CUDA, float32 elsewhere. fp16 is not offered: it overflows."""
+    choices = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+               "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in choices:
+        raise UserError(f"--dtype {name}: one of {', '.join(choices)}")
+    return choices[name]
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def key_seed(*key):
+    """A 63-bit seed from any key such as (seed, "align", step); the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def generator(device, *key):
+    """A torch.Generator that is a pure function of its key: nothing has to be fast-forwarded on resume."""
+    return torch.Generator(device).manual_seed(key_seed(*key))
+
+
+def memory_gib():
+    """Peak memory so far in GiB: allocated on CUDA, else resident of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024                # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def init_distributed():
+    """(rank, world size) under torchrun, (0, 1) otherwise. Start: torchrun --nproc-per-node N script.py ..."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def all_reduce_gradients(parameters):
+    """Mean of the gradients over all processes, in the parameters' order; nothing to do for a single one."""
+    if not torch.distributed.is_initialized():
+        return
+    for p in parameters:
+        grad = p.grad if p.grad is not None else torch.zeros_like(p)     # every process must take part in every sum
+        torch.distributed.all_reduce(grad)
+        p.grad = grad / torch.distributed.get_world_size()

@@ -1,0 +1,329 @@
+"""Make the bundled backbone `common/tiny/`: a Qwen2-architecture causal LM of about 1 M parameters.
+
+    python -m common.make_tiny --out common/tiny          (about half an hour on 2 cores, minutes on a GPU)
+
+It is pretrained on text that this file generates, and on nothing else: descriptions of items, and single skills on
+random invented catalogues and on the toy world's catalogue, in the formats that the scripts prompt with. It never
+sees who likes what: wherever a prompt asks for a user's choice, the answer that it is taught is a uniformly random
+candidate (with a thought that honestly describes the history and then argues for that candidate). So it can follow
+the format, read a history and find an attribute, and it lacks the alignment, as a large LLM would.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from common import toy
+from common.prompts import LETTERS, candidate_lines, history_lines, item_line
+
+# This tool looks at the scripts for one thing: the prompts they use.
+from curec import align_prompt, pattern_prompt, reason_prompt
+
+TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ATTRIBUTES = """action adventure animation children comedy crime documentary drama fantasy noir horror musical mystery
+romance thriller war western sport space ocean music food robots winter school trains cooking gardening puzzle strategy
+racing shooter platform simulation family classic poetry history travel science nature animals dragons magic pirates
+detective spy heist ghosts vampires aliens time memory dreams art fashion dance opera jazz rock folk piano guitar
+football tennis cycling running swimming fishing camping hiking climbing sailing flying driving boats cars planes dolls
+blocks cards dice board outdoor indoor baby toddler teen adult hair skin nails makeup perfume soap lotion brush mirror
+vintage modern retro cozy dark bright epic quiet fast slow tragic hopeful satire parody legend myth biography court
+medicine hospital police prison desert jungle island city village farm castle palace temple market office factory
+summer spring autumn rain storm fire ice stone wood metal glass paper silk wool cotton tea coffee bread cheese fruit
+chess math language painting sculpture theatre circus carnival holiday wedding friendship revenge justice freedom
+survival disaster zombie superhero samurai ninja cowboy viking roman greek egypt medieval future cyber steam wild""".split()
+NAMES = """Arden Bellow Calder Dorset Elmwood Farrow Garnet Hadley Ivory Jasper Kestrel Linden Marlow Norwood Oakley
+Piper Quill Rowan Sorrel Tamsin Umber Vesper Willow Yarrow Zephyr Alder Bramble Cobalt Dusk Ember Flint Grove""".split()
+
+
+# ------------------------------------------------------------------------------------------ text from random catalogues
+def random_title(rng):
+    """Titles of several shapes, with and without a year, now and then with punctuation or digits."""
+    kind = rng.integers(5)
+    adjective, noun, name = rng.choice(toy.ADJECTIVES), rng.choice(toy.NOUNS), rng.choice(NAMES)
+    title = (f"The {adjective} {noun}", f"{name} {noun}", f"{name}'s {adjective} {noun}", f"{noun} of {name}",
+             f"{adjective} {noun}, The")[kind]
+    if rng.random() < 0.15:
+        title += f" {rng.integers(2, 9)}"
+    return title + (f" ({rng.integers(1930, 2025)})" if rng.random() < 0.3 else "")
+
+
+class Catalogue:
+    """Items with attributes, and users whose histories lean to some of them: the ground of every generated prompt."""
+
+    def __init__(self, rng, world=None):
+        self.rng = rng
+        if world is None:
+            pool = rng.choice(ATTRIBUTES, rng.integers(4, 17), replace=False)
+            pool = [a.capitalize() if rng.random() < 0.5 else a for a in pool] if rng.random() < 0.5 else list(pool)
+            weight = rng.dirichlet(np.full(len(pool), 2.0))
+            most = int(rng.integers(1, 4))
+            self.attributes = [[str(a) for a in rng.choice(pool, rng.integers(1, most + 1), replace=False, p=weight)]
+                               for _ in range(40)]
+            self.titles = [random_title(rng) for _ in range(40)]
+            self.texts = None
+        else:
+            self.attributes, self.titles, self.texts = world.categories, world.titles, world.texts
+
+    def line(self, i):
+        return item_line(self.titles[i], self.attributes[i])
+
+    def history(self, length):
+        """Items drawn with a lean to 1-4 random attributes, like somebody's choices; most frequent attributes first."""
+        rng = self.rng
+        every = sorted({a for row in self.attributes for a in row})
+        lean = {a: rng.exponential(2.5) for a in rng.choice(every, min(len(every), rng.integers(1, 5)), replace=False)}
+        score = np.array([sum(lean.get(a, 0.0) for a in row) for row in self.attributes])
+        items = np.argsort(-(score + rng.gumbel(size=len(score))))[:length]
+        rng.shuffle(items)
+        counts = {}
+        for i in items:
+            for a in self.attributes[i]:
+                counts[a] = counts.get(a, 0) + 1
+        ranked = sorted(counts, key=lambda a: -counts[a] - 1e-3 * rng.random())
+        return list(items), ranked, counts
+
+
+def both(names):
+    return " and ".join(names)
+
+
+def thought(ranked, looked_for):
+    return f"<think>They often pick {both(ranked[:2])}. I look for {both(looked_for)}.</think>"
+
+
+def pattern_text(ranked):
+    return (f"This user often picks {both(ranked[:2])} titles" +
+            (f", and sometimes {ranked[2]}." if len(ranked) > 2 else "."))
+
+
+def reason_text(rng, attributes, ranked):
+    """One sentence for a choice. It names attributes of the item, and one time in five a wrong one: room to improve."""
+    names = [str(a) for a in rng.permutation(attributes)][:2]
+    if rng.random() < 0.2 and ranked:
+        names[-1] = str(rng.choice(ranked))
+    a, b = names[0], names[-1]
+    if a == b:
+        return (f"It suits people who like {a}.", f"A good choice for fans of {a}.",
+                f"Because {a} is what they enjoy.", f"The {a} side of it fits well.")[rng.integers(4)]
+    return (f"It suits people who like {a}, as it has {b} too.", f"A good choice for fans of {a} and {b}.",
+            f"Because {a} and {b} are what they enjoy.", f"The mix of {a} and {b} fits well.")[rng.integers(4)]
+
+
+def sample(rng, world, stage=1.0):
+    """One (skill, prompt, completion). `stage` in (0, 1] shortens histories early in training."""
+    c = Catalogue(rng, world if rng.random() < 0.4 else None)
+    n = len(c.titles)
+    most = max(2, int(round(10 * stage)))
+    items, ranked, counts = c.history(int(rng.integers(1 if stage == 1.0 else 2, most + 1)))
+    history = [c.line(i) for i in items]
+    candidates = rng.choice(n, int(rng.choice([3, 5, 5, 5, 10]) if stage == 1.0 else rng.integers(2, 6)), replace=False)
+    lines = [c.line(i) for i in candidates]
+    pick = int(rng.integers(len(candidates)))
+    attributes = c.attributes[candidates[pick]]
+    looked_for = [str(a) for a in rng.permutation(attributes)][:rng.integers(1, 3)]
+    skill = rng.choice(["align", "pattern", "reason", "which", "share", "describe", "category", "yesno"],
+                       p=[0.26, 0.14, 0.14, 0.20, 0.10, 0.05, 0.04, 0.07])
+    if skill == "align":                                  # the answer is random: a format, and no knowledge of users
+        return skill, align_prompt(history, lines), f"{thought(ranked, looked_for)}\n<answer>{LETTERS[pick]}</answer>"
+    if skill == "pattern":
+        return skill, pattern_prompt(history), pattern_text(ranked)
+    if skill == "reason":
+        return skill, reason_prompt(history, pattern_text(ranked), lines[pick]), reason_text(rng, attributes, ranked)
+    if skill == "which":                                  # exactly one candidate has all that is looked for
+        fits = [all(a in c.attributes[i] for a in looked_for) for i in candidates]
+        keep = [k for k in range(len(lines)) if k == pick or not fits[k]]
+        lines, pick = [lines[k] for k in keep], keep.index(pick)
+        return (skill, f"Which of these is about {both(looked_for)}?\n{candidate_lines(lines)}",
+                f"<think>I look for {both(looked_for)}.</think>\n<answer>{LETTERS[pick]}</answer>")
+    if skill == "share":
+        return skill, f"What do most of these titles have in common?\n{history_lines(history)}", f"{ranked[0]}"
+    if skill == "describe":
+        if c.texts is None:
+            return skill, f"Write one sentence about {lines[pick]}.", f"A story of {both(attributes[:2])}."
+        return skill, f"Write one sentence about {lines[pick]}.", c.texts[candidates[pick]]
+    if skill == "category":
+        if c.texts is None:
+            return skill, f"{lines[pick]}\nName its first category.", attributes[0]
+        return skill, f"Name the categories of {c.titles[candidates[pick]]}.", ", ".join(attributes)
+    other = c.attributes[candidates[(pick + 1) % len(candidates)]]
+    asked = str(rng.choice(attributes if rng.random() < 0.5 else other))
+    return skill, f"Is {lines[pick]} about {asked}? Answer Yes or No.", "Yes" if asked in attributes else "No"
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer and model
+def make_tokenizer(rng, world, vocab_size=2048):
+    """Byte-level BPE (nothing is unknown to it) trained on generated text; Qwen's control tokens and chat format."""
+    def corpus():
+        for _ in range(12_000):
+            _, prompt, completion = sample(rng, world)
+            yield prompt + "\n" + completion
+        for a in ATTRIBUTES * 20:
+            yield f"- ({a}, {a.capitalize()})"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_model(tokenizer, seed, hidden=128, layers=4):
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=2048,
+        tie_word_embeddings=True, rope_theta=10_000.0, bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>")))
+
+
+def batches(tokenizer, seed, size, world, stage):
+    """Yield (tokens (B, T), labels (B, T)), labels -100 on prompt and padding; `stage()` is asked for each group.
+
+    Four batches' worth of texts are sorted by length and cut, which halves the padding.
+    """
+    rng = np.random.default_rng([seed, 2])
+    head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    while True:
+        texts = [sample(rng, world, stage())[1:] for _ in range(4 * size)]
+        prompts = tokenizer([head + p + tail for p, _ in texts])["input_ids"]
+        answers = tokenizer([a + "<|im_end|>" for _, a in texts])["input_ids"]
+        rows = sorted(zip(prompts, answers), key=lambda row: len(row[0]) + len(row[1]))
+        for cut in rng.permutation(4):
+            part = rows[cut * size:(cut + 1) * size]
+            T = max(len(p) + len(a) for p, a in part)
+            tokens, labels = torch.zeros(size, T, dtype=torch.long), torch.full((size, T), -100)
+            for b, (p, a) in enumerate(part):
+                tokens[b, :len(p) + len(a)] = torch.tensor(p + a)
+                labels[b, len(p):len(p) + len(a)] = torch.tensor(a)
+            yield tokens, labels
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def skills(model, tokenizer, world, seed=10**6, n=1024):
+    """Exact-match rates on fresh prompts, teacher-forced: {skill: rate}. `align` counts legal formats, and whether
+    the answer is the target when the target is a random candidate (chance = mean of 1/candidates)."""
+    from common.llm import chat, eos_ids, rollout
+    rng = np.random.default_rng(seed)
+    rows = [sample(rng, world) for _ in range(n)]
+    device = next(model.parameters()).device
+    right = {}
+    for start in tqdm(range(0, n, 128), desc="skills"):
+        part = rows[start:start + 128]
+        out = rollout(model, [chat(tokenizer, p) for _, p, _ in part], n=1, max_new_tokens=64, greedy=True,
+                      eos_ids=eos_ids(model, tokenizer), generator=torch.Generator(device).manual_seed(0))
+        for (skill, _, answer), tokens, length in zip(part, out.tokens[:, 0], out.lengths[:, 0]):
+            text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+            if skill in ("align", "reason", "describe"):
+                continue                                       # many right answers: judged where they are used
+            if skill == "pattern":                             # the two most frequent attributes, in any order
+                said = [set(x.split(" titles")[0].removeprefix("This user often picks ").split(" and "))
+                        for x in (text, answer)]
+                right.setdefault(skill, []).append(said[0] == said[1])
+            else:
+                right.setdefault(skill, []).append(text.strip() == answer)
+    return {skill: round(float(np.mean(x)), 3) for skill, x in sorted(right.items())}
+
+
+CARD = """# tiny
+
+A Qwen2-architecture causal LM of {parameters:,} parameters with its own byte-level BPE tokenizer ({vocab:,} tokens),
+made by `make backbone` from text that `common/make_tiny.py` generates ({steps:,} steps of {batch} texts, seed {seed},
+{minutes:.0f} minutes on {device}). It knows single skills and has never seen who likes what. It is a teaching and test
+device: it writes short templated English and knows nothing of the world. Same licence as this repository.
+
+Exact match on {n:,} fresh prompts (random catalogues and the toy world's), greedy:
+
+| skill | exact match |
+| --- | --- |
+{rows}
+
+`which`: find the only candidate with the attributes asked for. `pattern`: the two most frequent attributes of a
+history of 1-10 titles (ties make 1.0 impossible). `share`: the most frequent one. `category`: recall or read an
+item's categories. `yesno`: is title X about Y.
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", default="common/tiny")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=None, help="stop (with a decayed rate) after about so long")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    world = toy.make()
+    tokenizer = make_tokenizer(np.random.default_rng(args.seed), world)
+    model = make_model(tokenizer, args.seed).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05},
+                                   {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}],
+                                  lr=args.lr, betas=(0.9, 0.98))
+    start, losses = time.time(), []
+    progress = 0.0
+    source = batches(tokenizer, args.seed, args.batch, world, stage=lambda: min(1.0, 0.2 + 4 * progress))
+    bar = tqdm(range(args.steps), desc=f"pretraining {parameters / 1e6:.2f} M parameters")
+    for step in bar:
+        progress = step / args.steps
+        if args.minutes:                                       # the clock decides where on the schedule we are
+            progress = max(progress, (time.time() - start) / 60 / args.minutes)
+            if progress >= 1:
+                break
+        rate = args.lr * min(1, step / 200) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        tokens, labels = next(source)
+        tokens, labels = tokens.to(device), labels.to(device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]   # (B, T-1, D)
+            wanted = labels[:, 1:] != -100
+            logits = model.lm_head(hidden[wanted])                                              # (N, V)
+        loss = F.cross_entropy(logits.float(), labels[:, 1:][wanted])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+            print(f"step {step + 1} loss {np.mean(losses[-50:]):.4f} {time.time() - start:.0f} s", flush=True)
+        if step % 500 == 499:
+            save(model, tokenizer, args.out)
+    save(model, tokenizer, args.out)
+    rates = skills(model.eval().float(), tokenizer, world)
+    rows = "\n".join(f"| {skill} | {rate:.3f} |" for skill, rate in rates.items())
+    (Path(args.out) / "README.md").write_text(CARD.format(
+        parameters=parameters, vocab=len(tokenizer), steps=step + 1, batch=args.batch, seed=args.seed, device=device,
+        minutes=(time.time() - start) / 60, n=1024, rows=rows))
+    print("RESULT " + json.dumps(rates, sort_keys=True))
+
+
+def save(model, tokenizer, folder):
+    """Hugging Face format in bf16 (half the size; it was trained with bf16 products)."""
+    os.makedirs(folder, exist_ok=True)
+    import copy
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""The command line, the run folder, the log and the checkpoints: the plumbing that all scripts share.
+
+A script is `main(Args, train, __doc__)`: Args is a dataclass whose trailing comments are its --help.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+import time
+import tokenize
+import types
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+FORMAT = 1  # of checkpoints; raise it when an old run can no longer be resumed
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: what, where (file:line) and what to do. Exit status 1."""
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+def comments(Args):
+    """Read {field: (group, help)} from the dataclass source: `# -- group` lines and trailing comments."""
+    group, found, last = "options", {}, None
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(Args)).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        text, name = token.string.lstrip("# ").strip(), re.match(r"\s+(\w+)\s*:", token.line)
+        if token.string.startswith("# -- "):
+            group = text.removeprefix("-- ")
+        elif name:
+            last = name[1]
+            found[last] = (group, text)
+        elif last:                                            # a line of its own below a field goes on with its help
+            found[last] = (group, found[last][1] + " " + text)
+    return found
+
+
+def converter(hint, name):
+    """The strict argparse type of a field: no 1.5 for an int, no nan, commas for tuples; None only by leaving it out."""
+    origin, parts = typing.get_origin(hint), [a for a in typing.get_args(hint) if a is not type(None)]
+    if origin in (types.UnionType, typing.Union):
+        return converter(parts[0], name)
+    if origin is tuple:
+        element = converter(parts[0], name)
+        return lambda text: tuple(element(part.strip()) for part in text.split(",") if part.strip())
+    if hint is float:
+        def number(text):
+            value = float(text)
+            if not math.isfinite(value):
+                raise ValueError(text)
+            return value
+        number.__name__ = "number"
+        return number
+    return hint
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error, and a suggestion for a misspelt flag."""
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], list(self._option_string_actions), 1)
+            message = f"unknown flag {unknown[1]}" + (f", did you mean {near[0]}?" if near else "; see --help")
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(Args, doc, argv=None):
+    """Command line -> Args. Exits with status 2 and one line on a usage error; Args.check() may raise ValueError."""
+    parser = Parser(description=(doc or "").split("\n\n")[0], allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
+    groups, notes, hints = {}, comments(Args), typing.get_type_hints(Args)
+    for field in dataclasses.fields(Args):
+        group, text = notes.get(field.name, ("options", ""))
+        box = groups.setdefault(group, parser.add_argument_group(group))
+        flag, hint, shown = "--" + field.name.replace("_", "-"), hints[field.name], field.default
+        if isinstance(shown, tuple):
+            shown = ",".join(map(str, shown))
+        text = text.replace("%", "%%") + (f" [{shown}]" if shown not in (None, "") else "")
+        if hint is bool:
+            box.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        elif typing.get_origin(hint) is typing.Literal:
+            box.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=text)
+        else:
+            box.add_argument(flag, type=converter(hint, field.name), default=field.default, help=text,
+                             metavar=field.name.split("_")[-1].upper())
+    args = Args(**vars(parser.parse_args(argv)))
+    if hasattr(args, "check"):
+        try:
+            args.check()
+        except ValueError as problem:
+            parser.error(str(problem))
+    return args
+
+
+def main(Args, train, doc, argv=None):
+    """Run train(parse(...)). A user's mistake is one line on standard error and status 1, an interrupt status 130."""
+    args = parse(Args, doc, argv)
+    try:
+        train(args)
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or the interpreter complains at exit
+        sys.exit(1)
+    except torch.OutOfMemoryError as problem:
+        print(f"error: out of device memory ({str(problem).splitlines()[0]}); lower the batch, the group or the "
+              "token limits, or take a smaller --backbone", file=sys.stderr)
+        sys.exit(1)
+    except OSError as problem:
+        print(f"error: {problem.strerror or problem}: {problem.filename or 'file'}", file=sys.stderr)
+        sys.exit(1)
+
+
+def progress(iterable, desc=None, total=None, initial=0):
+    """tqdm on standard error; silent without a description. Redirected output gets one line in 30 seconds."""
+    return tqdm(iterable, desc=desc, total=total, initial=initial, disable=desc is None, dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 30, file=sys.stderr, leave=False)
+
+
+# -------------------------------------------------------------------------------------------------------- run folder
+def write_atomically(path, text):
+    """All of it or nothing: write beside, flush to disk, replace."""
+    beside = Path(f"{path}.tmp")
+    with open(beside, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def prefix(word, tensors):
+    return {word + name: t for name, t in tensors.items()}
+
+
+def strip(tensors, word):
+    return {name.removeprefix(word): t for name, t in tensors.items() if name.startswith(word)}
+
+
+class Run:
+    """A run folder: args.json, metrics.jsonl, checkpoints NAME.safetensors, phases.json, result.json.
+
+    args: the script's Args. fingerprint: of the data. free: arguments that may differ on --resume.
+    Raises UserError when the folder holds another run, or one with other settings.
+    """
+
+    def __init__(self, args, script, fingerprint, free=()):
+        self.script, self.clock = script, None
+        tail = f"{Path(args.data).name}-{Path(args.backbone).name}-s{args.seed}"
+        self.folder = Path(args.run or f"runs/{script}-{tail}")
+        settings = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(args))).items()
+                    if k not in {"run", "resume", "overwrite", "device", *free}}
+        identity = {"format": FORMAT, "data_fingerprint": fingerprint, **settings}
+        path = self.folder / "args.json"
+        if args.overwrite and not args.resume and path.exists():             # only ever remove what is a run
+            shutil.rmtree(self.folder)
+        if path.exists():
+            if not args.resume:
+                raise UserError(f"{self.folder} already holds a run; go on with --resume, start anew with --overwrite, "
+                                "or name another folder with --run")
+            try:
+                earlier = json.loads(path.read_text())
+            except ValueError:
+                raise UserError(f"{path} is not readable; start anew with --overwrite") from None
+            differ = [f"{k}: {earlier.get(k)!r} then, {identity.get(k)!r} now"
+                      for k in sorted({*earlier, *identity}) if earlier.get(k) != identity.get(k)]
+            if differ:
+                raise UserError(f"cannot resume {self.folder}, it was started with other settings ({'; '.join(differ)})")
+        elif self.folder.exists() and any(self.folder.iterdir()) and not args.resume:
+            raise UserError(f"{self.folder} is not empty and holds no run; name another folder with --run")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(identity, indent=1, sort_keys=True))
+        self.phases = json.loads((self.folder / "phases.json").read_text()) if (self.folder / "phases.json").exists() else {}
+
+    # phases --------------------------------------------------------------------------------
+    def done(self, phase):
+        """What `finish(phase, ...)` recorded, or None."""
+        return self.phases.get(phase)
+
+    def finish(self, phase, record):
+        self.phases[phase] = record
+        write_atomically(self.folder / "phases.json", json.dumps(self.phases, indent=1))
+        print(f"{phase}: " + " | ".join(f"{k} {v}" for k, v in record.items()), flush=True)
+
+    def inherit(self, other, phase, files):
+        """Take a finished phase over from another run folder (the ablations share what they do not change)."""
+        for name in files:
+            if (Path(other) / name).exists():
+                shutil.copyfile(Path(other) / name, self.folder / f"{name}.tmp")
+                os.replace(self.folder / f"{name}.tmp", self.folder / name)
+        self.phases[phase] = json.loads((Path(other) / "phases.json").read_text())[phase]
+        write_atomically(self.folder / "phases.json", json.dumps(self.phases, indent=1))
+
+    # checkpoints ---------------------------------------------------------------------------
+    def save(self, name, tensors, state):
+        """One safetensors file whose metadata carries the JSON state, so that both are replaced in one instant.
+
+        Re-opened and checked: tensors there and finite. RuntimeError otherwise (an adapter full of NaN is no result).
+        """
+        path, beside = self.folder / f"{name}.safetensors", self.folder / f"{name}.safetensors.tmp"
+        state = {"log_bytes": self.log_bytes(), **state}
+        save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, beside,
+                  metadata={"state": json.dumps(state), "format": str(FORMAT)})
+        with safe_open(beside, "pt") as f:
+            if set(f.keys()) != set(tensors):
+                raise RuntimeError(f"{beside}: tensors are missing after saving")
+            for key in f.keys():
+                if not torch.isfinite(f.get_tensor(key)).all():
+                    raise RuntimeError(f"{beside}: {key} is not finite; training has diverged, lower the learning rate")
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+
+    def load(self, name):
+        """(tensors, state) of the last save, or None. A damaged file is a UserError that names it."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as f:
+                return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
+        except Exception as problem:
+            raise UserError(f"{path} is damaged ({type(problem).__name__}); remove it or start anew with --overwrite") from None
+
+    @staticmethod
+    def optimizer_tensors(optimizer):
+        """AdamW's state as flat tensors `opt/INDEX/NAME`; parameters in the optimiser's own order."""
+        return {f"opt/{k}/{name}": torch.as_tensor(value) for k, state in optimizer.state_dict()["state"].items()
+                for name, value in state.items()}
+
+    @staticmethod
+    def load_optimizer(optimizer, tensors):
+        state = optimizer.state_dict()
+        state["state"] = {}
+        for key, value in strip(tensors, "opt/").items():
+            index, name = key.split("/")
+            state["state"].setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict(state)
+
+    # log -----------------------------------------------------------------------------------
+    def log_bytes(self):
+        path = self.folder / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def rewind(self, state):
+        """Cut metrics.jsonl back to where the checkpoint was written: the steps after it will be run again."""
+        if self.log_bytes() > state["log_bytes"]:
+            os.truncate(self.folder / "metrics.jsonl", state["log_bytes"])
+
+    def log(self, phase, step, total, **values):
+        """One record in metrics.jsonl and one line `align 00120/02000 | loss 0.6312 | 1.32 s/it | 1.8 GiB`."""
+        from common import cuda
+        now, self.clock = time.perf_counter(), (phase, step, time.perf_counter(), self.clock)
+        record = {"phase": phase, "step": step} | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+        earlier, pace = self.clock[3], ""
+        if earlier and earlier[0] == phase and step > earlier[1]:
+            pace = f" | {(now - earlier[2]) / (step - earlier[1]):.2f} s/it"
+        self.clock = self.clock[:3] + (None,)
+        shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        width = len(str(total))
+        tqdm.write(f"{phase} {step:0{width}d}/{total} | {shown}{pace} | {cuda.memory_gib():.1f} GiB", file=sys.stdout)
+        sys.stdout.flush()
+
+    # files ---------------------------------------------------------------------------------
+    def write_jsonl(self, name, rows):
+        write_atomically(self.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+    def read_jsonl(self, name):
+        path = self.folder / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def header(self, **facts):
+        """What was run, on what, on which data: printed once and kept in header.json. No environment, so no keys."""
+        import transformers
+        facts = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                 "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
+                             f"transformers {transformers.__version__}", **facts}
+        for key, value in facts.items():
+            print(f"{key:>12}  {value}")
+        sys.stdout.flush()
+        write_atomically(self.folder / "header.json", json.dumps(facts, indent=1, default=str))
+
+    def result(self, record):
+        """result.json, and RESULT {json} as the last line of standard output."""
+        text = json.dumps(record, sort_keys=True)
+        write_atomically(self.folder / "result.json", text + "\n")
+        print("RESULT " + text, flush=True)
+        return record
