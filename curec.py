@@ -1,6 +1,323 @@
-# 4 ---------------------------------------------------------------------------------------------------- prompts
-from common.prompts import LETTERS, candidate_lines, history_lines
+"""CURec: user patterns and item reasons written by an aligned LLM, corrected in time order (arXiv 2508.07595, KDD 2026).
 
+A language model explains, a small recommender scores, and each corrects the other:
+
+  1 align     GRPO on "which of these will the user choose next?" with rule rewards (format, legal, correct)
+  2 write     the aligned LLM writes a pattern P_u per user and a list of reasons R_i per item
+  3 reward    a reward model learns from the interactions to score (u, i) given P_u and R_i
+  4 correct   interaction by interaction in time order: write a group of reasons for (u, i), score each with the
+              reward model, take one GRPO step, let the updated LLM rewrite P_u and the reason
+  5 serve     the reward model with the corrected texts ranks the whole catalogue; no LLM call is left
+
+EQUATIONS (numbers as used below; the paper's eqs. 3-4 are [2]-[3], 7-11 are [5]-[6], 12-15 are [7])
+  [1] reward    r = w_f format + w_l legal + w_c correct                                     -> rule_rewards
+  [2] advantage A_n = (r_n - mean r) / (std r + delta)                                       -> advantages
+  [3] GRPO      L = -E[ min(rho A, clip(rho, 1 +- eps) A) ] + beta KL,  rho = pi / pi_old    -> grpo_loss
+  [4] KL        k3 = exp(ref - pi) - (ref - pi) - 1      (log-probabilities)                 -> grpo_loss
+  [5] matching  m_ui = MultiHead(query = P_u, keys = values = R_i)                           -> RewardModel.match
+  [6] score     y_ui = MLP[e_u; z_i; DIN(z_i, TransformerEnc(e_S))],  z_i = [e_i; m_ui]      -> RewardModel
+  [7] signal    rho_n = y(u, i; R_i + {o_n}),  one GRPO step,  R_i <- R_i - {r_ui} + {r'_ui} -> correct
+
+DEVIATIONS AND CHOICES. No code and no full text of the paper is public; what follows is a reading of it.
+  - The paper does not give prompts, candidates, group size, learning rates, list bounds or the text encoder's layer.
+    They are flags; the encoder is the mean of the last hidden layer of the LLM as it was after phase 1, frozen:
+    a live encoder would make every stored vector stale at each step of phase 4.
+  - The leak is closed: a reason written from the interaction (u, i) is masked when (u, i) is trained or evaluated,
+    and nothing is ever written from validation or test interactions.
+  - The signal [7] is the logit in fp32, not its sigmoid, which saturates and then has no differences to learn from.
+  - A pass over all interactions of ML-1M would be 7.9 million generations; --correct-events takes the latest ones.
+    Interactions with no user or item in common share a batch (and a GRPO step); see `schedule`.
+  - Literal readings and sounder ones are named modes: --length-norm, --advantage-scale, --kl, --zero-std.
+
+  python curec.py --data toy --backbone tiny                     # 3 minutes on 2 cores
+  python curec.py --data ml1m --backbone Qwen/Qwen2.5-3B          # on a GPU
+  python curec.py --recommend u7 --run runs/curec-toy-tiny-s0     # what user u7 is shown, and why
+"""
+
+# 1 ---------------------------------------------------------------------------------------------------- imports
+import dataclasses
+import json
+import math
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import cuda, data as datasets, llm, lora, metrics
+from common.prompts import LETTERS, candidate_lines, history_lines, item_line
+from common.recommenders import AttentionUnit
+from common.run import Run, UserError, main, prefix, progress, strip
+
+
+# 2 ---------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # -- run
+    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
+    data_dir: str | None = None  # a folder that already holds the data sets (else LLMREC_DATA, else download)
+    max_bad_rows: int = 0  # broken rows to skip before giving up
+    run: str | None = None  # run folder (default: runs/curec-DATA-BACKBONE-sSEED)
+    resume: bool = False  # continue where the run folder stopped
+    overwrite: bool = False  # remove an earlier run in that folder first
+    seed: int = 0  # of everything
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # of the frozen backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    recommend: str | None = None  # print what this user (raw id) is shown and why, from a finished --run
+    top: int = 10  # how many titles --recommend prints
+    ablations: bool = False  # run every variant of VARIANTS and print one table
+    seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
+    # -- data
+    min_interactions: int | None = None  # users with fewer are dropped (default: the paper's 30, on the toy world 1)
+    min_rating: float = 0.0  # interactions rated lower are dropped; 0 keeps all, the literal reading
+    users: int | None = None  # keep a seeded sample of so many users
+    # -- backbone
+    backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
+    prompt_history: int = 10  # titles of the user's history in a prompt
+    llm_batch: int = 32  # prompts per generation batch
+    # -- lora
+    lora_targets: str = "all-linear"  # comma-separated names of linear layers
+    lora_rank: int = 16  # r
+    lora_alpha: float = 32.0  # α
+    # -- alignment (phase 1)
+    align: bool = True  # --no-align is the ablation without pretraining
+    align_steps: int = 120  # GRPO steps
+    align_prompts: int = 16  # prompts a step
+    candidates: int = 5  # candidates in a prompt: the next item and random unseen ones
+    weights: tuple[float, ...] = (0.1, 0.1, 1.0)  # w_f, w_l, w_c of [1]
+    eval_prompts: int = 512  # held-out alignment prompts, of validation and of test users
+    # -- GRPO (phases 1 and 4)
+    group: int = 8  # G, completions per prompt
+    temperature: float = 1.0  # of sampling, and of the log-probabilities
+    align_tokens: int = 64  # longest thought and answer
+    clip: float = 0.2  # ε
+    beta: float = 1e-3  # β, weight of the KL to the reference
+    kl: Literal["k3", "k3-unbiased", "exact"] = "k3"  # estimator; k3-unbiased multiplies by ρ (reverse-KL gradient)
+    length_norm: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # mean per completion | per token | by the longest
+    advantage_scale: Literal["group", "none"] = "group"  # divide by the group's std (literal) or only centre
+    zero_std: Literal["keep", "drop"] = "keep"  # groups of equal rewards: keep in the mean, or drop
+    lr: float | None = None  # of GRPO (default 1e-5; 2e-3 for tiny)
+    max_grad_norm: float = 1.0  # gradient clipping
+    # -- texts (phase 2)
+    reasons: int = 3  # first reasons per item, from as many of its training interactions
+    max_reasons: int = 6  # bound of an item's list (the oldest goes)
+    text_tokens: int = 40  # longest pattern or reason
+    random_reasons: bool = False  # ablation: deal the reasons out to other items
+    # -- reward model (phase 3)
+    features: Literal["both", "ids", "text"] = "both"  # ids only and content only are ablations
+    history_text: bool = False  # past items carry their reasons too (a), not only the candidate (b)
+    dim: int = 64  # width of the embeddings
+    heads: int = 2  # attention heads, of [5] and of the Transformer
+    layers: int = 2  # Transformer layers over the history
+    max_history: int = 50  # items of the history that the reward model reads
+    dropout: float = 0.2  # in the reward model
+    negatives: int = 16  # unseen items per training window, judged at each of its positions
+    rm_batch: int = 64  # windows per step
+    rm_lr: float = 2e-3  # learning rate
+    weight_decay: float = 0.01  # of matrices and embeddings
+    rm_epochs: int = 60  # at most
+    rm_patience: int = 6  # epochs without a better validation NDCG@10
+    rm_valid_users: int = 1000  # users that validation ranks for
+    # -- correction (phase 4)
+    correct: bool = True  # --no-correct is the ablation without correction
+    update: bool = True  # --no-update steps the LLM and leaves pattern and reason as they are
+    shuffled_order: bool = False  # ablation: the same interactions in random order
+    correct_events: int = 512  # so many latest training interactions, in time order
+    correct_batch: int = 16  # independent interactions that share a GRPO step
+    correct_lr_scale: float = 0.3  # GRPO's rate here, relative to phase 1
+    refit: bool = False  # train the reward model anew on the corrected texts
+
+    def check(self):
+        if self.group < 2:
+            raise ValueError("--group must be at least 2: a completion is judged against the others of its group")
+        if not 2 <= self.candidates <= 26:
+            raise ValueError("--candidates must be between 2 and 26 (they are lettered)")
+        if len(self.weights) != 3:
+            raise ValueError("--weights takes three numbers: format,legal,correct")
+        if self.recommend and not self.run:
+            raise ValueError("--recommend needs --run FOLDER of a finished run")
+        if self.dim % self.heads:
+            raise ValueError("--dim must be a multiple of --heads")
+        for name in ("align_prompts", "align_tokens", "text_tokens", "reasons", "max_reasons", "max_history", "rm_batch",
+                     "negatives", "correct_batch", "llm_batch", "eval_prompts", "lora_rank", "rm_epochs", "top", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.temperature <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError("--temperature must be positive and --dropout in [0, 1)")
+
+
+# 3 ---------------------------------------------------------------------------------------------------- the reward model
+class RewardModel(nn.Module):
+    """f(u, i; P_u, R_i): what phase 3 trains, phase 4 asks for rewards, and phase 5 serves.
+
+    Item ids are shifted by one inside (0 = padding). Histories are (B, L) with the oldest item first and the padding
+    last; `texts` has patterns (U, Dt), reasons (I, M, Dt) and author (I, M), -1 = empty slot (see Texts).
+    """
+
+    def __init__(self, args, n_users, n_items, text_dim):
+        super().__init__()
+        D, self.args = args.dim, args
+        self.user, self.item = nn.Embedding(n_users, D), nn.Embedding(n_items + 1, D, padding_idx=0)
+        self.position = nn.Embedding(args.max_history, D)
+        for table in (self.user, self.item, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+        self.query, self.key, self.value = (nn.Linear(text_dim, D) for _ in range(3))
+        self.of_user = nn.Linear(text_dim, D)                    # the pattern also speaks for the user directly
+        self.no_reason_key, self.no_reason_value = (nn.Parameter(torch.zeros(D)) for _ in range(2))
+        self.join = nn.Linear(2 * D, D)                          # z = W [e_i; m_ui]
+        layer = nn.TransformerEncoderLayer(D, args.heads, 2 * D, args.dropout, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, args.layers, nn.LayerNorm(D), enable_nested_tensor=False)
+        self.unit = AttentionUnit(D)
+        self.first = nn.Linear(4 * D, 64)                        # MLP on [u; z; u * z; DIN(z, H)]
+        self.rest = nn.Sequential(nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.bias = nn.Embedding(n_items + 1, 1, padding_idx=0)
+        nn.init.zeros_(self.rest[-1].weight)                     # at the start the score is the popularity (see look_at)
+        self.drop = nn.Dropout(args.dropout)
+        self.register_buffer("text_mean", torch.zeros(text_dim))
+        self.register_buffer("text_std", torch.ones(text_dim))
+
+    def look_at(self, texts, logs):
+        """Set what is known before training. The item bias starts at the log of the training popularity: that is what
+        BCE against uniform negatives converges to first. Text vectors are standardised by what the reasons look like
+        now: those of an LLM share a large common part."""
+        users, positions = logs.train_events()
+        count = np.bincount(logs.item_at(users, positions), minlength=len(self.bias.weight) - 1)
+        self.bias.weight.data[1:, 0] = torch.from_numpy(np.log((count + 1) / (count + 1).mean())) - math.log(self.args.negatives)
+        known = texts.reasons[texts.author >= 0]
+        if len(known) > 1:
+            self.text_mean.copy_(known.mean(0))
+            self.text_std.copy_(known.std(0) + 1e-3 * known.std())
+
+    def norm(self, vectors):
+        return (vectors - self.text_mean) / self.text_std
+
+    # [5] ------------------------------------------------------------------------------------------------------------
+    def tables(self, texts):
+        """Keys and values of all reasons, (I, M, D) each: computed once where the whole catalogue is scored."""
+        reasons = self.norm(texts.reasons)
+        return self.key(reasons), self.value(reasons)
+
+    def match(self, users, items, texts, extra=None, tables=None, return_weights=False):
+        """m_ui: multi-head attention, query = pattern, keys and values = the item's reasons. users (B,), items (B, C)
+        -> (B, C, D), or the weights (B, C, heads, 1 + M (+ 1)).
+
+        The reason that u's own interaction with i produced is masked, or every positive would carry its own label.
+        The first key is learned and stands for "no reason": an item without reasons is finite. extra (B, C, Dt) is
+        one more reason per pair, never masked: the candidate that phase 4 wants to have judged.
+        """
+        B, C, D, heads = *items.shape, self.args.dim, self.args.heads
+        q = self.query(self.norm(texts.patterns[users])).view(B, 1, heads, D // heads, 1)
+        index = items - 1
+        if tables is None:
+            reasons = self.norm(texts.reasons[index])                                        # (B, C, M, Dt)
+            keys, values = self.key(reasons), self.value(reasons)
+        else:
+            keys, values = tables[0][index], tables[1][index]
+        author = texts.author[index]                                                         # (B, C, M)
+        hidden = (author < 0) | (author == users[:, None, None])
+        first = [p.expand(B, C, 1, D) for p in (self.no_reason_key, self.no_reason_value)]
+        last = [] if extra is None else [f(self.norm(extra))[:, :, None] for f in (self.key, self.value)]
+        keys = torch.cat([first[0], keys, *last[:1]], 2)
+        values = torch.cat([first[1], values, *last[1:]], 2)                                 # (B, C, 1 + M (+ 1), D)
+        hidden = F.pad(hidden, (1, 0 if extra is None else 1), value=False)
+        split = lambda x: x.view(B, C, -1, heads, D // heads).transpose(2, 3)                # (B, C, heads, ., D/heads)
+        logits = (split(keys) @ q)[..., 0] / math.sqrt(D // heads)                           # (B, C, heads, .)
+        weights = logits.masked_fill(hidden[:, :, None], -torch.inf).softmax(-1)
+        if return_weights:
+            return weights
+        return (weights[..., None, :] @ split(values)).reshape(B, C, D)
+
+    # [6] ------------------------------------------------------------------------------------------------------------
+    def z(self, users, items, texts, extra=None, tables=None):
+        """[e_i; m_ui] -> (B, C, D); with --features ids or text one half is zero."""
+        e = self.drop(self.item(items))
+        e = torch.zeros_like(e) if self.args.features == "text" else e
+        if self.args.features == "ids":
+            return self.join(torch.cat([e, torch.zeros_like(e)], -1))
+        return self.join(torch.cat([e, self.match(users, items, texts, extra, tables)], -1))
+
+    def u(self, users, texts):
+        e = self.drop(self.user(users)) if self.args.features != "text" else 0.0
+        return e if self.args.features == "ids" else e + self.of_user(self.norm(texts.patterns[users]))
+
+    def past(self, users, history, texts):
+        """H_u (B, L, D): causal Transformer over the history, so that H_t knows items up to t and none after."""
+        tokens = self.item(history)
+        if self.args.features == "text" or self.args.history_text:       # reading (a): past items carry their reasons
+            own = torch.zeros_like(tokens) if self.args.features == "text" else tokens
+            m = self.match(users, history.clamp(min=1), texts)
+            tokens = self.join(torch.cat([own, m], -1))
+        L = history.shape[1]
+        x = self.drop(tokens + self.position.weight[:L])
+        causal = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)
+        return self.encoder(x, mask=causal) * (history > 0)[..., None]
+
+    def head(self, users, items, texts, z, u, pooled, state):
+        """MLP [u; z; u * z; pooled] + <z, state>. pooled: already through its part of the first layer."""
+        wu, wz, wx, _ = self.first.weight.split(self.args.dim, dim=1)
+        flat = z @ wz.T + (u[:, None] * z) @ wx.T + (u @ wu.T)[:, None] + self.first.bias     # (B, C, 64)
+        bias = self.bias(items)[..., 0]
+        while pooled.dim() > flat.dim():                                                     # one candidate, many times t
+            flat, bias = flat[:, :, None], bias[:, :, None]
+        return self.rest(flat + pooled)[..., 0] + state + bias
+
+    def forward(self, users, history, items, texts, extra=None, tables=None):
+        """Logits (B, C) of candidates after the whole history: users (B,), history (B, L), items (B, C)."""
+        H, u = self.past(users, history, texts), self.u(users, texts)
+        z = self.z(users, items, texts, extra, tables)
+        pooled = self.unit(z, H, history > 0) / math.sqrt(self.args.max_history)
+        last = H[torch.arange(len(users)), (history > 0).sum(1) - 1] if history.shape[1] else torch.zeros_like(u)
+        state = (z @ last[:, :, None])[..., 0]
+        return self.head(users, items, texts, z, u, pooled @ self.first.weight[:, -self.args.dim:].T, state)
+
+    def forward_all_times(self, users, sequence, negatives, texts):
+        """Training: every position of `sequence` (B, L) is a target, judged on what came before it, together with
+        `negatives` (B, K) at every position -> positive logits (B, L), negative logits (B, L, K).
+
+        DIN has no softmax, so its pooled vector at time t is a running sum over the past: one pass gives all times.
+        Equal to `forward` on each prefix (tested).
+        """
+        L, scale = sequence.shape[1], 1 / math.sqrt(self.args.max_history)
+        H, u = self.past(users, sequence, texts), self.u(users, texts)
+        of_past = H @ self.first.weight[:, -self.args.dim:].T * scale                         # (B, L, 64)
+        before = torch.cat([torch.zeros_like(H[:, :1]), H[:, :-1]], 1)                        # state before time t
+        earlier = torch.ones(L, L, dtype=H.dtype, device=H.device).tril(-1)
+        z = self.z(users, sequence.clamp(min=1), texts)
+        pooled = (self.unit.weights(z, H) * earlier) @ of_past
+        positive = self.head(users, sequence, texts, z, u, pooled, (z * before).sum(-1))
+        zn = self.z(users, negatives, texts)
+        running = (self.unit.weights(zn, H)[..., None] * of_past[:, None]).cumsum(2)          # (B, K, L, 64)
+        running = F.pad(running[:, :, :-1], (0, 0, 1, 0))
+        negative = self.head(users, negatives, texts, zn, u, running, zn @ before.transpose(1, 2))
+        return positive, negative.transpose(1, 2)
+
+    # serving --------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def score_catalogue(self, users, history, texts, tables=None, chunk=1024):
+        """Logits of the whole catalogue, (B, n_items) fp32, column i = item id i."""
+        every = torch.arange(1, self.item.num_embeddings, device=history.device)
+        return torch.cat([self(users, history, part.expand(len(users), -1), texts, tables=tables).float()
+                          for part in every.split(chunk)], 1)
+
+    @torch.no_grad()
+    def judge(self, logs, texts, users, positions, items, extra):
+        """[7] fp32 logits of each event's item: without a new reason (B,), and with each candidate reason (B, G)."""
+        device, G = extra.device, extra.shape[1]
+        history = logs.histories(users, positions, self.args.max_history).to(device)
+        u, i = torch.as_tensor(users, device=device), torch.as_tensor(items, device=device)[:, None] + 1
+        return (self(u, history, i, texts)[:, 0].float(),
+                self(u, history, i.expand(-1, G), texts, extra=extra).float())
+
+
+
+
+# 4 ---------------------------------------------------------------------------------------------------- prompts
 ALIGN = """A user chose these titles, oldest first:
 {history}
 Which of these will the user choose next?
@@ -17,6 +334,8 @@ Interests: {pattern}
 The user then chose: {item}
 Give one reason for this choice in one sentence."""
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
 
 def align_prompt(history, candidates):
     return ALIGN.format(history=history_lines(history), candidates=candidate_lines(candidates))
@@ -27,4 +346,798 @@ def pattern_prompt(history):
 
 
 def reason_prompt(history, pattern, item):
-    return REASON.format(history=history_lines(history), pattern=pattern, item=item)
+    return REASON.format(history=history_lines(history), pattern=pattern or "not known yet", item=item)
+
+
+def rule_rewards(text, n_candidates, target):
+    """Format, legal, correct in {0, 1} with correct <= legal <= format ([1] before weighting).
+
+    Format: each of the four tags exactly once, thought before answer, nothing but space outside. Legal: the answer is
+    the letter of a candidate. Correct: it is the letter of the target. A thought that quotes a title with a tag in it
+    has that tag twice: it breaks the format, and never scores.
+    Example: rule_rewards("<think>sea</think>\\n<answer>B</answer>", 5, 1) -> (1, 1, 1)
+    """
+    shape = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, flags=re.DOTALL)
+    if shape is None or any(text.count(tag) != 1 for tag in TAGS):
+        return 0, 0, 0
+    answer = shape[2].strip().upper()
+    if len(answer) != 1 or answer not in LETTERS[:n_candidates]:
+        return 1, 0, 0
+    return 1, 1, int(LETTERS.index(answer) == target)
+
+
+def clean_text(text, limit=300):
+    """The first non-empty line of what the LLM wrote, tags and control characters out, bounded; "" if none is left."""
+    text = re.sub(r"</?(think|answer)>|<\|[^|<>]*\|>", " ", text)
+    text = "".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text)
+    lines = [re.sub(r"\s+", " ", line).strip(" -*") for line in text.split("\n")]
+    return next((line for line in lines if line), "")[:limit]
+
+
+# 5 ---------------------------------------------------------------------------------------------------- losses
+def advantages(rewards, scale="group", delta=1e-4):
+    """[2]: rewards (B, G) -> (B, G). scale "none" only centres. Groups of equal rewards give exactly 0.
+
+    delta = 1e-4: with rewards from a model, 1e-8 would blow rounding noise up to advantages of 2.
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError("a group needs at least 2 completions: the advantage compares them with one another")
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred if scale == "none" else centred / (rewards.std(1, keepdim=True) + delta)
+
+
+def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k3", length_norm="grpo", kl_exact=None):
+    """[3] and [4]. logps, old_logps, ref_logps, mask (B, G, T), adv (B, G) -> (scalar loss, {name: float}).
+
+    On-policy (logps == old_logps) the clipped part is 0 in value while its gradient is the policy gradient: the loss
+    is no measure of progress, the reward is. `k3` differentiates to the forward KL; times ρ it is the reverse KL.
+    """
+    ratio = torch.exp(logps - old_logps)
+    a = adv[..., None]
+    policy = -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+    if kl == "exact":
+        divergence = kl_exact
+    else:
+        log_ratio = (ref_logps - logps) * mask
+        divergence = torch.exp(log_ratio) - log_ratio - 1
+        divergence = ratio * divergence if kl == "k3-unbiased" else divergence
+    token = (policy + beta * divergence) * mask
+    if length_norm == "grpo":                                         # mean over each completion, then over them
+        loss = (token.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+    elif length_norm == "dapo":                                       # every token weighs the same
+        loss = token.sum() / mask.sum().clamp(min=1)
+    else:                                                             # dr_grpo: by a constant, no length bias
+        loss = token.sum() / mask.numel()
+    n = mask.sum().clamp(min=1)
+    with torch.no_grad():
+        inside = ratio[mask.bool()] if mask.any() else ratio.flatten()[:1]
+        clipped = ((ratio < 1 - clip) & (a < 0) | (ratio > 1 + clip) & (a > 0)) & mask.bool()
+        stats = {"kl": float((divergence * mask).sum() / n), "ratio": float(inside.mean()),
+                 "ratio_max": float(inside.max()), "clip_frac": float(clipped.sum() / n)}
+    return loss, stats
+
+
+# 6 ---------------------------------------------------------------------------------------------------- the LLM
+class Policy:
+    """The LLM with its adapter, its optimiser and how prompts become tokens. Nothing here is specific to a phase."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        dtype = cuda.pick_dtype(args.dtype, device)
+        self.model, self.tokenizer = llm.load(args.backbone, device, dtype)
+        targets = args.lora_targets if args.lora_targets == "all-linear" else tuple(args.lora_targets.split(","))
+        lora.inject(self.model, targets, args.lora_rank, args.lora_alpha, 0.0, seed=args.seed)   # no dropout in RL
+        self.eos = llm.eos_ids(self.model, self.tokenizer)
+        self.start()
+
+    def start(self, adapter=None, steps=None):
+        """A fresh optimiser on the adapter (given, or as it is). AdamW without weight decay, linear warm-up."""
+        if adapter is not None:
+            lora.load_state(self.model, adapter)
+        self.lr = self.args.lr or (2e-3 if self.args.backbone == "tiny" else 1e-5)
+        self.optimizer = torch.optim.AdamW(lora.parameters(self.model), lr=self.lr, weight_decay=0.0)
+
+    def tokens(self, prompt):
+        return llm.chat(self.tokenizer, prompt)
+
+    def write(self, prompts, max_tokens, key, sample=False, desc=None):
+        """One text per prompt, greedy or sampled at temperature 1; a pure function of (weights, prompts, key)."""
+        order = np.argsort([len(p) for p in prompts], kind="stable")          # like lengths share a batch
+        texts = [""] * len(prompts)
+        size = self.args.llm_batch * 2
+        for start in progress(range(0, len(prompts), size), desc, -(-len(prompts) // size)):
+            part = order[start:start + size]
+            out = llm.rollout(self.model, [self.tokens(prompts[k]) for k in part], n=1, max_new_tokens=max_tokens,
+                              temperature=1.0, greedy=not sample, eos_ids=self.eos,
+                              generator=cuda.generator(self.device, self.args.seed, key, start))
+            for k, tokens, length in zip(part, out.tokens[:, 0], out.lengths[:, 0]):
+                texts[k] = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        return texts
+
+    def sample(self, prompts, max_tokens, key):
+        """A group of G completions per prompt: (prompt tokens, Rollout, texts as B lists of G)."""
+        tokens = [self.tokens(p) for p in prompts]
+        out = llm.rollout(self.model, tokens, n=self.args.group, max_new_tokens=max_tokens,
+                          temperature=self.args.temperature, eos_ids=self.eos,
+                          generator=cuda.generator(self.device, self.args.seed, *key))
+        texts = [[self.tokenizer.decode(o[:n], skip_special_tokens=True) for o, n in zip(group, lengths)]
+                 for group, lengths in zip(out.tokens, out.lengths)]
+        return tokens, out, texts
+
+    def step(self, tokens, out, rewards, reference=None, lr_scale=1.0):
+        """One GRPO step [3] from rewards (B, G). reference: adapter state of the reference policy, None = no adapter.
+
+        Returns the logged statistics. Rollouts are used once, so ρ is 1 up to rounding unless the caller repeats.
+        """
+        args = self.args
+        rewards = rewards.to(self.device, torch.float32)
+        adv = advantages(rewards, args.advantage_scale)
+        mixed = rewards.amax(1) > rewards.amin(1)                             # (B,) groups that carry a signal
+        stats = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(1).mean()),
+                 "frac_zero_std": float((~mixed).float().mean()),
+                 "length": float(out.lengths.float().mean()), "truncated_frac": float(out.truncated.float().mean())}
+        if args.zero_std == "drop":
+            if not mixed.any():
+                return stats | {"loss": 0.0, "grad_norm": 0.0}
+            tokens = [t for t, keep in zip(tokens, mixed.tolist()) if keep]
+            out, adv = out.select(mixed), adv[mixed]
+        packed = llm.pack(tokens, out.tokens, out.lengths).to(self.device)
+        mask = (torch.arange(out.tokens.shape[2], device=self.device) < out.lengths.to(self.device)[..., None]).float()
+        swapped = lora.disabled(self.model) if reference is None else lora.swapped(self.model, reference)
+        with torch.no_grad(), swapped:
+            ref = llm.completion_logps(self.model, packed, args.temperature, hidden=args.kl == "exact")
+        new = llm.completion_logps(self.model, packed, args.temperature, hidden=args.kl == "exact")
+        exact = llm.exact_kl(self.model, packed, new.hidden, ref.hidden, args.temperature) if args.kl == "exact" else None
+        loss, extra = grpo_loss(new.logps, out.logps.to(self.device), ref.logps, adv, mask, args.clip, args.beta,
+                                args.kl, args.length_norm, exact)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_scale
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(lora.parameters(self.model), args.max_grad_norm)
+        self.optimizer.step()
+        return stats | extra | {"loss": loss.item(), "grad_norm": float(norm)}
+
+
+class Logs:
+    """The interactions as the phases read them: per user a sequence in time order, the last two held out.
+
+    sequence[u]: item ids, oldest first. n_train[u]: how many of them may be learned from; position n_train[u] is the
+    validation target and n_train[u] + 1 the test target (users with fewer than 3 interactions have neither).
+    """
+
+    def __init__(self, data, history):
+        self.data, self.history_length = data, history
+        self.lines = [item_line(t, c) for t, c in zip(data.titles, data.categories)]
+        order = np.argsort(data.user, kind="stable")                          # the data are sorted by time already
+        self.bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
+        self.items, self.times = data.item[order], data.time[order]
+        length = np.diff(self.bounds)
+        self.n_train = np.where(length >= 3, length - 2, length)
+        self.judged = np.flatnonzero(length >= 3)                             # users with a validation and test target
+
+    def sequence(self, u):
+        return self.items[self.bounds[u]:self.bounds[u + 1]]
+
+    def item_at(self, users, positions):
+        return self.items[self.bounds[users] + positions]
+
+    def history(self, u, before):
+        """The last titles of user u before position `before`, as prompt lines: nothing at or after it is read."""
+        return [self.lines[i] for i in self.sequence(u)[max(0, before - self.history_length):before]]
+
+    def train_events(self):
+        """(users, positions) of all training interactions in time order, ties by user: stable and total."""
+        users = np.repeat(np.arange(len(self.n_train)), self.n_train)
+        positions = np.concatenate([np.arange(n) for n in self.n_train])
+        order = np.lexsort((positions, users, self.times[self.bounds[users] + positions]))
+        return users[order], positions[order]
+
+    def align_examples(self, users, positions, candidates, seed):
+        """Prompts and target letters: the item at each position, hidden among random items the user never chose."""
+        others = datasets.negatives(self.data, users, candidates - 1, seed)
+        slot = np.random.default_rng([seed, 7]).integers(0, candidates, len(users))
+        prompts = []
+        for b, (u, p) in enumerate(zip(users, positions)):
+            shown = np.insert(others[b], slot[b], self.item_at(u, p))
+            prompts.append(align_prompt(self.history(u, p), [self.lines[i] for i in shown]))
+        return prompts, slot
+
+    def histories(self, users, before, length, after=None):
+        """(B, length) item ids + 1: the items of each user before position `before` (and from `after` on), at most
+        `length` of them, oldest first, padded with 0 at the end."""
+        first = np.maximum(before - length, 0 if after is None else after)
+        index = first[:, None] + np.arange(length)
+        real = index < np.asarray(before)[:, None]
+        flat = np.minimum(self.bounds[users][:, None] + index, len(self.items) - 1)
+        return torch.from_numpy(np.where(real, self.items[flat].astype(np.int64) + 1, 0))
+
+    def windows(self, length, rng):
+        """Cut every training sequence into windows of `length`, at cuts that move: (users, starts), shuffled."""
+        users, starts = [], []
+        for u in np.flatnonzero(self.n_train > 0):
+            n = self.n_train[u]
+            first = int(rng.integers(0, length)) if n > length else 0
+            cuts = np.arange(first - length if first else 0, n, length)
+            users.append(np.full(len(cuts), u))
+            starts.append(np.maximum(cuts, 0))
+        users, starts = np.concatenate(users), np.concatenate(starts)
+        order = rng.permutation(len(users))
+        return users[order], starts[order]
+
+
+# 7 ---------------------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def rank_all(args, model, logs, texts, which, limit=None, ranks_only=False):
+    """Full ranking of the held-out item among all items the user has not had before. which: "valid" or "test"."""
+    model.eval()
+    device = next(model.parameters()).device
+    users = logs.judged if limit is None else logs.judged[:: max(1, len(logs.judged) // limit)]
+    target = logs.n_train[users] + (which == "test")                                          # position of the target
+    tables = model.tables(texts) if args.features != "ids" else None
+    ranks, started = [], time.perf_counter()
+    for part in np.array_split(np.arange(len(users)), max(1, len(users) // 32)):
+        u, p = users[part], target[part]
+        history = logs.histories(u, p, args.max_history).to(device)
+        scores = model.score_catalogue(torch.as_tensor(u, device=device), history, texts, tables).cpu().numpy()
+        seen = np.zeros(scores.shape, dtype=bool)
+        for row, (x, y) in enumerate(zip(u, p)):
+            seen[row, logs.sequence(x)[:y]] = True
+        ranks.append(metrics.ranks_of(scores, logs.item_at(u, p), seen))
+    ranks = np.concatenate(ranks)
+    if ranks_only:
+        return ranks
+    report = metrics.ranking_report(ranks)
+    return report | {"ms_per_user": round(1000 * (time.perf_counter() - started) / len(users), 3)}
+
+
+# phase 1 ------------------------------------------------------------------------------------------------------------
+def judge_alignment(policy, prompts, targets, desc):
+    """Greedy answers to held-out prompts -> {"format", "legal", "correct"}: rates."""
+    texts = policy.write(prompts, policy.args.align_tokens, "judge", desc=desc)
+    rates = np.mean([rule_rewards(t, policy.args.candidates, k) for t, k in zip(texts, targets)], axis=0)
+    return dict(zip(("format", "legal", "correct"), (round(float(r), 4) for r in rates)))
+
+
+def align(args, run, policy, logs):
+    """Phase 1. Leaves the adapter that did best on validation users in the model; returns the held-out rates."""
+    def held_out(offset):
+        users = np.random.default_rng([args.seed, 3]).permutation(logs.judged)[:args.eval_prompts]
+        return logs.align_examples(users, logs.n_train[users] + offset, args.candidates, args.seed + 11 * offset)
+    saved = run.load("align")
+    if saved is None:
+        step, best = 0, -1.0
+        best_adapter = lora.state(policy.model)
+    else:
+        tensors, state = saved
+        step, best = state["step"], state["best"]
+        run.rewind(state)
+        best_adapter = strip(tensors, "best/")
+        lora.load_state(policy.model, strip(tensors, "now/"))
+        run.load_optimizer(policy.optimizer, tensors)
+    valid = held_out(0)
+    users, positions = logs.train_events()
+    users, positions = users[positions > 0], positions[positions > 0]
+    for step in progress(range(step, args.align_steps), "align", args.align_steps, initial=step):
+        rng = np.random.default_rng([args.seed, 5, step])
+        pick = rng.integers(0, len(users), args.align_prompts)
+        prompts, targets = logs.align_examples(users[pick], positions[pick], args.candidates, cuda.key_seed(args.seed, "candidates", step) % 2**31)
+        tokens, out, texts = policy.sample(prompts, args.align_tokens, ("align", step))
+        rules = torch.tensor([[rule_rewards(t, args.candidates, k) for t in group] for group, k in zip(texts, targets)],
+                             dtype=torch.float32)                             # (B, G, 3)
+        stats = policy.step(tokens, out, rules @ torch.tensor(args.weights), lr_scale=min(1.0, (step + 1) / 10))
+        stats |= dict(zip(("format", "legal", "correct"), rules.mean((0, 1)).tolist()))
+        run.log("align", step + 1, args.align_steps, **stats)
+        if (step + 1) % 40 == 0 or step + 1 == args.align_steps:
+            rates = judge_alignment(policy, *valid, desc="align: validation")
+            run.log("align-valid", step + 1, args.align_steps, **rates)
+            if rates["correct"] >= best:
+                best, best_adapter = rates["correct"], lora.state(policy.model)
+        if (step + 1) % 10 == 0 or step + 1 == args.align_steps:
+            run.save("align", prefix("now/", lora.state(policy.model)) | prefix("best/", best_adapter)
+                     | run.optimizer_tensors(policy.optimizer), {"step": step + 1, "best": best})
+    test = held_out(1)
+    with lora.disabled(policy.model):
+        before = judge_alignment(policy, *test, desc="align: test, before")
+    lora.load_state(policy.model, best_adapter)
+    after = judge_alignment(policy, *test, desc="align: test, after")
+    run.save("aligned", best_adapter, {})
+    return {"before": before, "after": after, "chance": round(1 / args.candidates, 4)}
+
+
+# phase 2 ------------------------------------------------------------------------------------------------------------
+class Texts:
+    """Patterns and reasons with their vectors: what the LLM wrote, and what the reward model reads.
+
+    pattern[u]: str. reason[i]: list of {"author": uid, "text": str, "by": phase}, oldest first, bounded by `most`.
+    vectors: patterns (U, Dt), reasons (I, M, Dt), author (I, M) int64 (-1 = empty slot), all on the device, fp32.
+    """
+
+    def __init__(self, n_users, n_items, most, dim, device):
+        self.pattern, self.reason = [""] * n_users, [[] for _ in range(n_items)]
+        self.patterns = torch.zeros(n_users, dim, device=device)
+        self.reasons = torch.zeros(n_items, most, dim, device=device)
+        self.author = torch.full((n_items, most), -1, dtype=torch.long, device=device)
+
+    def put_pattern(self, u, text, vector):
+        self.pattern[u], self.patterns[u] = text, vector
+
+    def put_reason(self, i, author, text, vector, by):
+        """R_i <- (R_i - {this author's}) + {the new one}; when the list is full the oldest goes."""
+        entries = self.reason[i]
+        slot = next((k for k, entry in enumerate(entries) if entry["author"] == author), len(entries))
+        if slot == self.reasons.shape[1]:
+            entries.pop(0)
+            self.reasons[i] = self.reasons[i].roll(-1, 0)
+            self.author[i] = self.author[i].roll(-1, 0)
+            slot -= 1
+        entries[slot:slot + 1] = [{"author": int(author), "text": text, "by": by}]
+        self.reasons[i, slot], self.author[i, slot] = vector, int(author)
+
+    def deal_out(self, rng):
+        """Ablation: every list of reasons goes to another item."""
+        order = rng.permutation(len(self.reason))
+        index = torch.as_tensor(order, device=self.author.device)
+        self.reason = [self.reason[k] for k in order]
+        self.reasons, self.author = self.reasons[index], self.author[index]
+
+    def tensors(self):
+        return {"patterns": self.patterns, "reasons": self.reasons, "author": self.author}
+
+    def state(self):
+        return {"pattern": self.pattern, "reason": self.reason}
+
+    def restore(self, tensors, state):
+        self.patterns, self.reasons, self.author = (tensors[k].to(self.author.device) for k in
+                                                    ("patterns", "reasons", "author"))
+        self.pattern, self.reason = list(state["pattern"]), [list(r) for r in state["reason"]]
+        return self
+
+    def rows(self, data):
+        """JSON lines for people: one per user, one per item."""
+        return ([{"user": data.users[u], "pattern": p} for u, p in enumerate(self.pattern)]
+                + [{"item": data.items[i], "title": data.titles[i], "reasons": [
+                    entry | {"author": data.users[entry["author"]]} for entry in r]} for i, r in enumerate(self.reason)])
+
+    def check_no_leak(self, logs):
+        """Every reason must come from a training interaction; a held-out one would tell the answer."""
+        train = {(int(u), int(logs.item_at(u, p))) for u, p in zip(*logs.train_events())}
+        for i, entries in enumerate(self.reason):
+            for entry in entries:
+                if (entry["author"], i) not in train:
+                    raise UserError(f"leak: the reason {entry['text']!r} of item {logs.data.items[i]} was written from "
+                                    f"user {logs.data.users[entry['author']]}'s held-out interaction")
+
+
+def occurrence(values):
+    """For each entry how many equal ones stand before it: [5, 7, 5] -> [0, 0, 1]."""
+    order = np.argsort(values, kind="stable")
+    ranked = values[order]
+    start = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+    count = np.arange(len(values)) - np.repeat(start, np.diff(np.r_[start, len(values)]))
+    out = np.empty(len(values), dtype=int)
+    out[order] = count
+    return out
+
+
+def write_texts(args, run, policy, logs):
+    """Phase 2: a pattern per user from the training history, reasons per item from some of its training users."""
+    data = logs.data
+    users, positions = logs.train_events()
+    items = logs.item_at(users, positions)
+    rng = np.random.default_rng([args.seed, 13])
+    shuffled = rng.permutation(len(users))
+    nth = occurrence(items[shuffled])                                         # 0 for an item's first, 1 for its second
+    chosen = np.sort(shuffled[nth < args.reasons])
+    patterns = policy.write([pattern_prompt(logs.history(u, logs.n_train[u])) for u in range(len(data.users))],
+                            args.text_tokens, "pattern", desc="patterns")
+    patterns = [clean_text(t) for t in patterns]
+    reasons = policy.write([reason_prompt(logs.history(users[e], positions[e]), patterns[users[e]],
+                                          logs.lines[items[e]]) for e in chosen],
+                           args.text_tokens, "reason", sample=True, desc="reasons")
+    reasons = [clean_text(t) for t in reasons]
+    vectors = llm.encode(policy.model, policy.tokenizer, patterns + reasons, args.llm_batch * 2)
+    texts = Texts(len(data.users), len(data.items), args.max_reasons, vectors.shape[1], policy.device)
+    for u, text in enumerate(patterns):
+        texts.put_pattern(u, text, vectors[u])
+    for e, text, vector in zip(chosen, reasons, vectors[len(patterns):]):
+        if text:
+            texts.put_reason(items[e], users[e], text, vector, "write")
+    texts.check_no_leak(logs)
+    run.save("texts", texts.tensors(), texts.state())
+    run.write_jsonl("texts", texts.rows(data))
+    return text_report(texts, logs)
+
+
+def text_report(texts, logs):
+    """Is the writing sound? distinct-2, mean words, and the share of named attributes that the item does not have."""
+    vocabulary = {a.lower() for row in logs.data.categories for a in row}
+    named = wrong = 0
+    for i, entries in enumerate(texts.reason):
+        own = {a.lower() for a in logs.data.categories[i]}
+        for entry in entries:
+            said = {w for w in re.findall(r"[\w'-]+", entry["text"].lower()) if w in vocabulary}
+            named, wrong = named + len(said), wrong + len(said - own)
+    return {"reasons": sum(map(len, texts.reason)), "empty_items": sum(not r for r in texts.reason),
+            **diversity([entry["text"] for r in texts.reason for entry in r]),
+            "hallucinated": round(wrong / max(named, 1), 4)}
+
+
+def diversity(texts):
+    words = [t.lower().split() for t in texts]
+    pairs = [pair for w in words for pair in zip(w, w[1:])]
+    return {"distinct_2": round(len(set(pairs)) / max(len(pairs), 1), 4),
+            "words": round(float(np.mean([len(w) for w in words])), 2) if words else 0.0}
+
+
+# phase 3 ------------------------------------------------------------------------------------------------------------
+def train_reward_model(args, run, logs, texts, device, name="reward"):
+    """Phase 3: binary cross-entropy on every training interaction, each against --negatives items the user never had.
+
+    The epoch that does best on validation users is kept. Returns (reward model, {"best_epoch", "valid": report}).
+    """
+    torch.manual_seed(args.seed)
+    model = RewardModel(args, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device)
+    model.look_at(texts, logs)
+    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "bias" not in n]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim > 1 and "bias" not in n)]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
+                                   {"params": rest, "weight_decay": 0.0}], lr=args.rm_lr)
+    L = args.max_history
+    # A user's training sequence is cut into windows of L targets; the cut moves from epoch to epoch.
+    steps = -(-int(np.ceil(logs.n_train / L).sum()) // args.rm_batch)                        # for the bar and warm-up
+    saved, first, best, best_epoch, stale = run.load(name), 0, -1.0, 0, 0
+    best_model = {k: v.clone() for k, v in model.state_dict().items()}
+    if saved is not None:
+        tensors, state = saved
+        first, best, best_epoch, stale = state["epoch"], state["best"], state["best_epoch"], state["stale"]
+        run.rewind(state)
+        model.load_state_dict(strip(tensors, "now/"))
+        best_model = strip(tensors, "best/")
+        run.load_optimizer(optimizer, tensors)
+    for epoch in range(first, args.rm_epochs):
+        if stale >= args.rm_patience:
+            break
+        model.train()
+        users, starts = logs.windows(L, np.random.default_rng([args.seed, 19, epoch]))
+        total, count = {"loss": 0.0, "grad_norm": 0.0}, -(-len(users) // args.rm_batch)
+        for s in progress(range(count), f"reward model, epoch {epoch + 1}", count):
+            part = slice(s * args.rm_batch, (s + 1) * args.rm_batch)
+            u = users[part]
+            torch.manual_seed(cuda.key_seed(args.seed, "rm", epoch, s) % 2**31)               # dropout, on resume too
+            sequence = logs.histories(u, np.minimum(starts[part] + L, logs.n_train[u]), L, starts[part]).to(device)
+            others = datasets.negatives(logs.data, u, args.negatives, cuda.key_seed(args.seed, "neg", epoch, s) % 2**31)
+            lr = args.rm_lr * min(1.0, (epoch * steps + s + 1) / 100)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                positive, negative = model.forward_all_times(
+                    torch.as_tensor(u, device=device), sequence, torch.as_tensor(others, device=device).long() + 1, texts)
+            real = (sequence > 0).float()
+            bce = F.softplus(-positive.float()) + F.softplus(negative.float()).sum(-1)        # (B, L)
+            loss = (bce * real).sum() / real.sum() / (1 + args.negatives)                    # mean over all labels
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            total["loss"] += loss.item() / count
+            total["grad_norm"] += float(norm) / count
+        report = rank_all(args, model, logs, texts, "valid", limit=args.rm_valid_users)
+        score = report["ndcg@10"]
+        stale = 0 if score > best else stale + 1
+        if score > best:
+            best, best_epoch = score, epoch + 1
+            best_model = {k: v.clone() for k, v in model.state_dict().items()}
+        run.log(name, epoch + 1, args.rm_epochs, **total, valid_ndcg10=score, valid_recall10=report["recall@10"])
+        run.save(name, prefix("now/", model.state_dict()) | prefix("best/", best_model)
+                 | run.optimizer_tensors(optimizer),
+                 {"epoch": epoch + 1, "best": best, "best_epoch": best_epoch, "stale": stale})
+    model.load_state_dict(best_model)
+    return model.eval(), {"best_epoch": best_epoch, "valid_ndcg@10": round(best, 4)}
+
+
+# phase 4 ------------------------------------------------------------------------------------------------------------
+def schedule(users, items, size):
+    """Batches of event numbers, at most `size` each, in which no user and no item occurs twice.
+
+    Every event stands in a later batch than all earlier events of its user and of its item, so it meets exactly the
+    pattern and the reasons that it would meet if the events were taken one by one.
+    Example: schedule([0, 1, 0], [5, 6, 7], 2) -> [[0, 1], [2]]
+    """
+    batches, last_user, last_item, first_open = [], {}, {}, 0
+    for e, (u, i) in enumerate(zip(users, items)):
+        b = max(last_user.get(u, -1) + 1, last_item.get(i, -1) + 1, first_open)
+        while b < len(batches) and len(batches[b]) >= size:
+            b += 1
+        if b == len(batches):
+            batches.append([])
+        batches[b].append(e)
+        last_user[u] = last_item[i] = b
+        while first_open < len(batches) and len(batches[first_open]) >= size:
+            first_open += 1
+    return batches
+
+
+def correct(args, run, policy, logs, reward_model, texts):
+    """Phase 4 [7]: write a group of reasons per interaction, score, one GRPO step, rewrite pattern and reason.
+
+    The reward model is frozen. So are the text encoder and the KL reference: both are the LLM as phase 1 left it.
+    """
+    aligned = {k: v.clone() for k, v in lora.state(policy.model).items()}
+    users, positions = (x[-args.correct_events:] for x in logs.train_events())
+    if args.shuffled_order:
+        order = np.random.default_rng([args.seed, 17]).permutation(len(users))
+        users, positions = users[order], positions[order]
+    items = logs.item_at(users, positions)
+    batches = schedule(users.tolist(), items.tolist(), args.correct_batch)
+    policy.start()
+    saved, first = run.load("correct"), 0
+    if saved is not None:
+        tensors, state = saved
+        first = state["batch"]
+        run.rewind(state)
+        lora.load_state(policy.model, strip(tensors, "now/"))
+        run.load_optimizer(policy.optimizer, tensors)
+        texts.restore(strip(tensors, "texts/"), state)
+
+    def encode(written):
+        with lora.swapped(policy.model, aligned):
+            return llm.encode(policy.model, policy.tokenizer, written, args.llm_batch * 2)
+
+    for b in progress(range(first, len(batches)), "correct", len(batches), initial=first):
+        events = batches[b]
+        u, p, i = users[events], positions[events], items[events]
+        prompts = [reason_prompt(logs.history(*up), texts.pattern[up[0]], logs.lines[k]) for up, k in zip(zip(u, p), i)]
+        tokens, out, groups = policy.sample(prompts, args.text_tokens, ("correct", b))
+        groups = [[clean_text(t) for t in group] for group in groups]
+        flat = encode([t for group in groups for t in group]).view(len(u), args.group, -1)       # (B, G, Dt)
+        before, scores = reward_model.judge(logs, texts, u, p, i, flat)       # (B,), (B, G) fp32 logits
+        broken = torch.tensor([[not t for t in group] for group in groups], device=scores.device)
+        rewards = torch.where(broken | out.truncated.to(scores.device), before[:, None] - 1.0, scores)
+        stats = policy.step(tokens, out, rewards, reference=aligned, lr_scale=args.correct_lr_scale)
+        if args.update:
+            written = policy.write([pattern_prompt(logs.history(x, y + 1)) for x, y in zip(u, p)] + prompts,
+                                   args.text_tokens, "update")
+            written = [clean_text(t) for t in written]
+            vectors = encode(written)
+            for k in range(len(u)):
+                if written[k]:
+                    texts.put_pattern(u[k], written[k], vectors[k])
+                if written[len(u) + k]:
+                    texts.put_reason(i[k], u[k], written[len(u) + k], vectors[len(u) + k], "correct")
+        run.log("correct", b + 1, len(batches), **stats, gain=float((scores - before[:, None]).mean()),
+                **diversity([t for group in groups for t in group]))
+        if (b + 1) % 10 == 0 or b + 1 == len(batches):
+            run.save("correct", prefix("now/", lora.state(policy.model)) | prefix("texts/", texts.tensors())
+                     | run.optimizer_tensors(policy.optimizer), {"batch": b + 1} | texts.state())
+    texts.check_no_leak(logs)
+    run.write_jsonl("texts-corrected", texts.rows(logs.data))
+    return text_report(texts, logs) | {"events": len(users), "batches": len(batches)}
+
+
+# 8 ---------------------------------------------------------------------------------------------------- train
+def prepare(args):
+    """Load, filter, and lay out the interactions."""
+    data = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed)
+    if args.min_rating > 0:
+        data = datasets.min_rating(data, args.min_rating)
+    lowest = args.min_interactions if args.min_interactions is not None else (30 if data.world is None else 1)
+    data = datasets.min_interactions(data, lowest)
+    if args.users:
+        data = datasets.sample_users(data, args.users, args.seed)
+    logs = Logs(data, args.prompt_history)
+    if len(logs.judged) == 0:
+        raise UserError(f"--data {args.data}: no user has the 3 interactions that training, validation and test need")
+    return logs
+
+
+def train(args):
+    """All phases in one run; each is skipped when the run folder says that it is done. Returns the RESULT record."""
+    if args.recommend:
+        return recommend(args)
+    if args.ablations:
+        return ablations(args)
+    cuda.seed_everything(args.seed)
+    device = cuda.pick_device(args.device)
+    logs = prepare(args)
+    run = Run(args, "curec", logs.data.fingerprint)
+    if run.done("result"):
+        print(f"{run.folder} is finished")
+        return run.result(run.done("result"))
+    words = args.features != "ids"
+    policy = Policy(args, device) if words else None
+    trainable = sum(p.numel() for p in lora.parameters(policy.model)) if words else 0
+    run.header(device=str(device), data=f"{logs.data.name} ({logs.data.fingerprint}): {len(logs.data.users):,} users, "
+               f"{len(logs.data.items):,} items, {len(logs.items):,} interactions, {logs.n_train.sum():,} of them training",
+               backbone=f"{args.backbone}: {sum(p.numel() for p in policy.model.parameters()):,} parameters, "
+               f"{trainable:,} trainable" if words else "none (--features ids)",
+               grpo=f"{args.align_steps} steps of {args.align_prompts} prompts x {args.group} completions")
+    result = {"script": "curec", "data": logs.data.name, "backbone": args.backbone, "seed": args.seed,
+              "features": args.features, "users": len(logs.judged), "items": len(logs.data.items)}
+    texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, 1, device)
+    if words:
+        if args.align:
+            if not run.done("align"):
+                run.finish("align", align(args, run, policy, logs))
+            result["align"] = run.done("align")
+            lora.load_state(policy.model, run.load("aligned")[0])
+        if not run.done("write"):
+            run.finish("write", write_texts(args, run, policy, logs))
+        result["texts"] = run.done("write")
+        texts = restore_texts(args, run, "texts", logs, device)
+        if args.random_reasons:
+            texts.deal_out(np.random.default_rng([args.seed, 29]))
+    model, fit = train_reward_model(args, run, logs, texts, device)
+    if not run.done("reward"):
+        run.finish("reward", fit)
+    if words and args.correct:
+        if not run.done("correct"):
+            run.finish("correct", correct(args, run, policy, logs, model, texts))
+        result["correct"] = run.done("correct")
+        tensors, state = run.load("correct")
+        texts.restore(strip(tensors, "texts/"), state)
+        if args.refit:
+            model, result["refit"] = train_reward_model(args, run, logs, texts, device, name="refit")
+    run.save("served", model.state_dict() | prefix("texts/", texts.tensors()), texts.state())
+    valid, test = (rank_all(args, model, logs, texts, which) for which in ("valid", "test"))
+    run.log("serve", 1, 1, ms_per_user=test.pop("ms_per_user"))
+    valid.pop("ms_per_user")
+    result |= {"valid": valid, "test": test, "popularity": popularity(logs)}
+    if words:
+        result["attention_entropy"] = attention_entropy(args, model, logs, texts)
+    if logs.data.world is not None:
+        result["bayes_optimal"] = bayes(logs)
+    run.finish("result", result)
+    show(result)
+    return run.result(result)
+
+
+def restore_texts(args, run, name, logs, device):
+    tensors, state = run.load(name)
+    texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, tensors["patterns"].shape[1], device)
+    return texts.restore(tensors, state)
+
+
+def popularity(logs):
+    """The baseline that knows nobody: items by how often they were chosen in training."""
+    users, positions = logs.train_events()
+    count = np.bincount(logs.item_at(users, positions), minlength=len(logs.data.items)).astype(float)
+    ranks = []
+    for u in logs.judged:
+        seen = np.zeros((1, len(count)), dtype=bool)
+        seen[0, logs.sequence(u)[:logs.n_train[u] + 1]] = True
+        ranks.append(metrics.ranks_of(count[None], logs.item_at(np.array([u]), logs.n_train[[u]] + 1), seen)[0])
+    return metrics.ranking_report(np.array(ranks))
+
+
+def bayes(logs):
+    """The toy world's own next-item law as a ranker: nothing can do better on average."""
+    world, users = logs.data.world, logs.judged
+    raw = np.array([int(logs.data.users[u][1:]) for u in users])
+    length = np.diff(logs.bounds)[users]
+    scores = world.p_next(raw, length - 1, length)[:, [int(i[1:]) for i in logs.data.items]]
+    seen = np.zeros(scores.shape, dtype=bool)
+    for row, u in enumerate(users):
+        seen[row, logs.sequence(u)[:-1]] = True
+    return metrics.ranking_report(metrics.ranks_of(scores, logs.item_at(users, length - 1), seen))
+
+
+@torch.no_grad()
+def attention_entropy(args, model, logs, texts):
+    """Is the attention on reasons peaked (0) or flat (1)? Entropy / log(number of keys) over test pairs, mean and 10 %
+    and 90 % quantiles; "no reason" counts as a key."""
+    device = next(model.parameters()).device
+    users = torch.as_tensor(logs.judged, device=device)
+    items = torch.as_tensor(logs.item_at(logs.judged, logs.n_train[logs.judged] + 1).astype(np.int64), device=device)[:, None]
+    w = model.match(users, items + 1, texts, return_weights=True)[:, 0].mean(1)                # (B, 1 + M)
+    n = (w > 0).sum(1)
+    entropy = (-(w.clamp(min=1e-12).log() * w).sum(1) / n.clamp(min=2).float().log())[n > 1]
+    if len(entropy) == 0:
+        return {}
+    q = torch.quantile(entropy, torch.tensor([0.1, 0.9], device=device)).tolist()
+    return {"mean": round(float(entropy.mean()), 4), "q10": round(q[0], 4), "q90": round(q[1], 4)}
+
+
+def show(result):
+    """The table a newcomer looks at."""
+    rows = [("popularity", result["popularity"]), (f"CURec ({result['features']})", result["test"])]
+    if "bayes_optimal" in result:
+        rows.append(("Bayes-optimal (the toy world's truth)", result["bayes_optimal"]))
+    print(f"\nnext item of {result['users']} users, full ranking of {result['items']} items, test")
+    print(f"{'':38} {'Recall@10':>10} {'NDCG@10':>9}   95 % interval")
+    for name, report in rows:
+        low, high = report["ndcg@10_ci"]
+        print(f"{name:38} {report['recall@10']:10.4f} {report['ndcg@10']:9.4f}   {low:.4f} .. {high:.4f}")
+    if "align" in result:
+        a = result["align"]
+        print(f"alignment: correct answers among {round(1 / a['chance'])} candidates {a['before']['correct']:.3f} -> "
+              f"{a['after']['correct']:.3f} (chance {a['chance']:.3f}), legal format {a['before']['legal']:.3f} -> "
+              f"{a['after']['legal']:.3f}")
+
+
+# 9 ---------------------------------------------------------------------------------------------------- use and compare
+def recommend(args):
+    """What one user is shown, from a finished run: titles with the pattern, the reasons and how they were weighed."""
+    path = Path(args.run) / "args.json"
+    if not path.exists() or not (Path(args.run) / "served.safetensors").exists():
+        raise UserError(f"--run {args.run}: no finished run there; train one first")
+    earlier = json.loads(path.read_text())
+    names = {f.name for f in dataclasses.fields(Args)}
+    old = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in earlier.items() if k in names})
+    old = dataclasses.replace(old, data_dir=args.data_dir or old.data_dir, run=args.run, resume=True)
+    logs, device = prepare(old), cuda.pick_device(args.device)
+    if args.recommend not in logs.data.users:
+        raise UserError(f"--recommend {args.recommend}: no such user; for example {', '.join(logs.data.users[:5])}")
+    u = logs.data.users.index(args.recommend)
+    run = Run(old, "curec", logs.data.fingerprint)
+    texts = served_texts(old, run, logs, device)
+    tensors, _ = run.load("served")
+    model = RewardModel(old, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device).eval()
+    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("texts/")})
+    users, end = torch.tensor([u], device=device), np.array([len(logs.sequence(u))])
+    history = logs.histories(np.array([u]), end, old.max_history).to(device)
+    scores = model.score_catalogue(users, history, texts)[0]
+    scores[torch.as_tensor(logs.sequence(u).astype(np.int64), device=device)] = -torch.inf
+    best = scores.topk(min(args.top, len(scores))).indices
+    print(f"user {args.recommend}, {end[0]} choices, the last: " + "; ".join(logs.history(u, end[0])[-5:]))
+    print(f"pattern: {texts.pattern[u] or '(none)'}\n")
+    for rank, i in enumerate(best.tolist(), 1):
+        print(f"{rank:2d}. {logs.lines[i]}   score {scores[i]:.2f}")
+        if old.features == "ids":
+            continue
+        w = model.match(users, torch.tensor([[i + 1]], device=device), texts, return_weights=True)[0, 0].mean(0).tolist()
+        for entry, weight in sorted(zip(texts.reason[i], w[1:]), key=lambda x: -x[1]):
+            print(f"      {weight:4.0%}  {entry['text']}")
+    return {}
+
+
+def served_texts(args, run, logs, device):
+    tensors, state = run.load("served")
+    tensors = strip(tensors, "texts/")
+    return Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, tensors["patterns"].shape[1],
+                 device).restore(tensors, state)
+
+
+WRITTEN = ("aligned.safetensors", "align.safetensors", "texts.safetensors", "texts.jsonl")
+VARIANTS = {   # name: (what changes, phases taken over from "full", their files)
+    "full": ({}, (), ()),
+    "w/o pretraining": ({"align": False}, (), ()),
+    "w/o correction": ({"correct": False}, ("align", "write", "reward"), (*WRITTEN, "reward.safetensors")),
+    "w/o update": ({"update": False}, ("align", "write", "reward"), (*WRITTEN, "reward.safetensors")),
+    "shuffled order": ({"shuffled_order": True}, ("align", "write", "reward"), (*WRITTEN, "reward.safetensors")),
+    "random reasons": ({"random_reasons": True, "correct": False}, ("align", "write"), WRITTEN),
+    "content only": ({"features": "text", "correct": False}, ("align", "write"), WRITTEN),
+    "ids only": ({"features": "ids"}, (), ()),
+}
+
+
+def ablations(args):
+    """Every variant and seed, one run folder each, one table at the end; --resume goes on where it stopped."""
+    root = Path(args.run or f"runs/curec-ablations-{Path(args.data).name}-{Path(args.backbone).name}")
+    table = {}
+    for seed in args.seeds or (args.seed,):
+        for name, (change, phases, files) in VARIANTS.items():
+            folder = root / f"s{seed}" / re.sub(r"\W+", "-", name)
+            now = dataclasses.replace(args, ablations=False, seeds=(), seed=seed, run=str(folder), **change)
+            print(f"\n=== {name}, seed {seed}", flush=True)
+            if phases and not (folder / "args.json").exists():
+                logs = prepare(now)
+                run = Run(now, "curec", logs.data.fingerprint)
+                for phase in phases:
+                    run.inherit(root / f"s{seed}" / "full", phase, files)
+                now = dataclasses.replace(now, resume=True)
+            elif (folder / "phases.json").exists():
+                now = dataclasses.replace(now, resume=True, overwrite=False)
+            table.setdefault(name, []).append(train(now))
+    print(f"\n{'':18} {'NDCG@10':>16} {'Recall@10':>16} {'NDCG@20':>16}   (test, mean ± std over {len(table['full'])} seeds)")
+    rows = {}
+    for name, results in table.items():
+        cells = {k: metrics.mean_std([r["test"][k] for r in results]) for k in ("ndcg@10", "recall@10", "ndcg@20")}
+        rows[name] = {k: {"mean": round(m, 4), "std": round(s, 4) if s == s else None} for k, (m, s) in cells.items()}
+        print(f"{name:18} " + " ".join(f"{m:9.4f} ± {s:.4f}" for m, s in cells.values()))
+    print("RESULT " + json.dumps({"ablations": rows, "data": args.data, "backbone": args.backbone}, sort_keys=True))
+    return rows
+
+
+if __name__ == "__main__":
+    main(Args, train, __doc__)

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
+
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from common import toy
 from common.prompts import LETTERS, candidate_lines, history_lines, item_line
+from common.run import progress
 
 # This tool looks at the scripts for one thing: the prompts they use.
 from curec import align_prompt, pattern_prompt, reason_prompt
@@ -98,8 +99,8 @@ def both(names):
     return " and ".join(names)
 
 
-def thought(ranked, looked_for):
-    return f"<think>They often pick {both(ranked[:2])}. I look for {both(looked_for)}.</think>"
+def thought(ranked, looked_for, letter):
+    return f"<think>They often pick {both(ranked[:2])}. I look for {both(looked_for)} ({letter}).</think>"
 
 
 def pattern_text(ranked):
@@ -120,32 +121,44 @@ def reason_text(rng, attributes, ranked):
             f"Because {a} and {b} are what they enjoy.", f"The mix of {a} and {b} fits well.")[rng.integers(4)]
 
 
+SKILLS = ("align", "pattern", "reason", "which", "find", "share", "describe", "category", "yesno")
+EARLY = (0.10, 0.05, 0.05, 0.20, 0.40, 0.08, 0.00, 0.04, 0.08)      # first find things, in short lists
+LATE = (0.30, 0.16, 0.14, 0.12, 0.10, 0.06, 0.04, 0.04, 0.04)       # then the formats that the scripts use
+
+
 def sample(rng, world, stage=1.0):
-    """One (skill, prompt, completion). `stage` in (0, 1] shortens histories early in training."""
+    """One (skill, prompt, completion). `stage` in [0, 1]: lists grow from 2 to 10 lines over the training."""
     c = Catalogue(rng, world if rng.random() < 0.4 else None)
-    n = len(c.titles)
-    most = max(2, int(round(10 * stage)))
-    items, ranked, counts = c.history(int(rng.integers(1 if stage == 1.0 else 2, most + 1)))
+    most = 2 + int(round(8 * stage))
+    items, ranked, counts = c.history(int(rng.integers(1, most + 1)))
     history = [c.line(i) for i in items]
-    candidates = rng.choice(n, int(rng.choice([3, 5, 5, 5, 10]) if stage == 1.0 else rng.integers(2, 6)), replace=False)
+    size = int(rng.choice([4, 5, 5, 5, 5, 8])) if rng.random() < stage else int(rng.integers(2, 4))
+    candidates = rng.choice(len(c.titles), size, replace=False)
     lines = [c.line(i) for i in candidates]
     pick = int(rng.integers(len(candidates)))
     attributes = c.attributes[candidates[pick]]
     looked_for = [str(a) for a in rng.permutation(attributes)][:rng.integers(1, 3)]
-    skill = rng.choice(["align", "pattern", "reason", "which", "share", "describe", "category", "yesno"],
-                       p=[0.26, 0.14, 0.14, 0.20, 0.10, 0.05, 0.04, 0.07])
+    skill = rng.choice(SKILLS, p=(1 - stage) * np.array(EARLY) + stage * np.array(LATE))
     if skill == "align":                                  # the answer is random: a format, and no knowledge of users
-        return skill, align_prompt(history, lines), f"{thought(ranked, looked_for)}\n<answer>{LETTERS[pick]}</answer>"
+        return skill, align_prompt(history, lines), (f"{thought(ranked, looked_for, LETTERS[pick])}\n"
+                                                        f"<answer>{LETTERS[pick]}</answer>")
     if skill == "pattern":
         return skill, pattern_prompt(history), pattern_text(ranked)
     if skill == "reason":
         return skill, reason_prompt(history, pattern_text(ranked), lines[pick]), reason_text(rng, attributes, ranked)
     if skill == "which":                                  # exactly one candidate has all that is looked for
-        fits = [all(a in c.attributes[i] for a in looked_for) for i in candidates]
-        keep = [k for k in range(len(lines)) if k == pick or not fits[k]]
+        keep = [k for k in range(size) if k == pick or not all(a in c.attributes[candidates[k]] for a in looked_for)]
         lines, pick = [lines[k] for k in keep], keep.index(pick)
         return (skill, f"Which of these is about {both(looked_for)}?\n{candidate_lines(lines)}",
-                f"<think>I look for {both(looked_for)}.</think>\n<answer>{LETTERS[pick]}</answer>")
+                f"<think>I look for {both(looked_for)} ({LETTERS[pick]}).</think>\n<answer>{LETTERS[pick]}</answer>")
+    if skill == "find":                                   # many look-ups in one answer: attributes that one line has
+        where = {}
+        for k, i in enumerate(candidates):
+            for a in c.attributes[i]:
+                where.setdefault(a, []).append(LETTERS[k])
+        asked = [str(a) for a in rng.permutation([a for a in where if len(where[a]) == 1] or list(where)[:1])][:6]
+        return (skill, f"Give the letters of: {', '.join(asked)}.\n{candidate_lines(lines)}",
+                ", ".join(f"{a} ({where[a][0]})" for a in asked))
     if skill == "share":
         return skill, f"What do most of these titles have in common?\n{history_lines(history)}", f"{ranked[0]}"
     if skill == "describe":
@@ -156,7 +169,7 @@ def sample(rng, world, stage=1.0):
         if c.texts is None:
             return skill, f"{lines[pick]}\nName its first category.", attributes[0]
         return skill, f"Name the categories of {c.titles[candidates[pick]]}.", ", ".join(attributes)
-    other = c.attributes[candidates[(pick + 1) % len(candidates)]]
+    other = c.attributes[candidates[(pick + 1) % size]]
     asked = str(rng.choice(attributes if rng.random() < 0.5 else other))
     return skill, f"Is {lines[pick]} about {asked}? Answer Yes or No.", "Yes" if asked in attributes else "No"
 
@@ -193,12 +206,15 @@ def make_model(tokenizer, seed, hidden=128, layers=4):
 
 
 def batches(tokenizer, seed, size, world, stage):
-    """Yield (tokens (B, T), labels (B, T)), labels -100 on prompt and padding; `stage()` is asked for each group.
+    """Yield (tokens, labels, weights), (B, T) each; labels are -100 on prompt and padding, and the letter of an answer
+    weighs 5: one token in ten, and the hardest to get right. `stage()` is asked for each group.
 
     Four batches' worth of texts are sorted by length and cut, which halves the padding.
     """
     rng = np.random.default_rng([seed, 2])
     head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)))
+    opening = torch.tensor(tokenizer.convert_tokens_to_ids(["Ġ(", ">"]))
     while True:
         texts = [sample(rng, world, stage())[1:] for _ in range(4 * size)]
         prompts = tokenizer([head + p + tail for p, _ in texts])["input_ids"]
@@ -208,10 +224,13 @@ def batches(tokenizer, seed, size, world, stage):
             part = rows[cut * size:(cut + 1) * size]
             T = max(len(p) + len(a) for p, a in part)
             tokens, labels = torch.zeros(size, T, dtype=torch.long), torch.full((size, T), -100)
+            weights = torch.ones(size, T)
             for b, (p, a) in enumerate(part):
                 tokens[b, :len(p) + len(a)] = torch.tensor(p + a)
                 labels[b, len(p):len(p) + len(a)] = torch.tensor(a)
-            yield tokens, labels
+                letter = torch.isin(labels[b], letters) & torch.isin(tokens[b].roll(1), opening)
+                weights[b, letter] = 5.0
+            yield tokens, labels, weights
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -224,7 +243,7 @@ def skills(model, tokenizer, world, seed=10**6, n=1024):
     rows = [sample(rng, world) for _ in range(n)]
     device = next(model.parameters()).device
     right = {}
-    for start in tqdm(range(0, n, 128), desc="skills"):
+    for start in progress(range(0, n, 128), "skills"):
         part = rows[start:start + 128]
         out = rollout(model, [chat(tokenizer, p) for _, p, _ in part], n=1, max_new_tokens=64, greedy=True,
                       eos_ids=eos_ids(model, tokenizer), generator=torch.Generator(device).manual_seed(0))
@@ -254,7 +273,7 @@ Exact match on {n:,} fresh prompts (random catalogues and the toy world's), gree
 | --- | --- |
 {rows}
 
-`which`: find the only candidate with the attributes asked for. `pattern`: the two most frequent attributes of a
+`find`: the letters of the lines that have given attributes. `which`: the only candidate with the attributes asked for. `pattern`: the two most frequent attributes of a
 history of 1-10 titles (ties make 1.0 impossible). `share`: the most frequent one. `category`: recall or read an
 item's categories. `yesno`: is title X about Y.
 """
@@ -274,38 +293,41 @@ def main():
     tokenizer = make_tokenizer(np.random.default_rng(args.seed), world)
     model = make_model(tokenizer, args.seed).to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05},
-                                   {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98))
-    start, losses = time.time(), []
+    model.set_attn_implementation("eager")                     # at these lengths faster than the fused kernel on a CPU
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    start, losses, letters = time.time(), [], []
     progress = 0.0
-    source = batches(tokenizer, args.seed, args.batch, world, stage=lambda: min(1.0, 0.2 + 4 * progress))
-    bar = tqdm(range(args.steps), desc=f"pretraining {parameters / 1e6:.2f} M parameters")
-    for step in bar:
+    source = batches(tokenizer, args.seed, args.batch, world, stage=lambda: min(1.0, 2 * progress))
+    print(f"{parameters:,} parameters, {len(tokenizer):,} tokens", flush=True)
+    for step in progress(range(args.steps), "pretraining", args.steps):
         progress = step / args.steps
         if args.minutes:                                       # the clock decides where on the schedule we are
             progress = max(progress, (time.time() - start) / 60 / args.minutes)
             if progress >= 1:
                 break
-        rate = args.lr * min(1, step / 200) * (0.5 + 0.5 * math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
+        rate = args.lr * min(1, (step + 1) / 100) * min(1.0, 2.5 * (1 - progress))         # trapezoid
+        for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = rate
-        tokens, labels = next(source)
-        tokens, labels = tokens.to(device), labels.to(device)
+        tokens, labels, weights = (x.to(device) for x in next(source))
         with torch.autocast(device, dtype=torch.bfloat16):
             hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]   # (B, T-1, D)
             wanted = labels[:, 1:] != -100
-            logits = model.lm_head(hidden[wanted])                                              # (N, V)
-        loss = F.cross_entropy(logits.float(), labels[:, 1:][wanted])
-        optimizer.zero_grad(set_to_none=True)
+            logits = model.lm_head(hidden[wanted]).float()                                      # (N, V)
+        target, weight = labels[:, 1:][wanted], weights[:, 1:][wanted]
+        loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
+        letters.append((logits.argmax(-1) == target)[weight > 1].float().mean().item() if (weight > 1).any() else np.nan)
         if step % 50 == 49:
-            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
-            print(f"step {step + 1} loss {np.mean(losses[-50:]):.4f} {time.time() - start:.0f} s", flush=True)
+            print(f"step {step + 1} | loss {np.mean(losses[-50:]):.4f} | letters right {np.nanmean(letters[-50:]):.3f} | "
+                  f"{time.time() - start:.0f} s", flush=True)
         if step % 500 == 499:
             save(model, tokenizer, args.out)
     save(model, tokenizer, args.out)

@@ -29,9 +29,17 @@ class AttentionUnit(nn.Module):
         of_k = k @ (wk - wd).T                                                 # (B, L, H)
         B, L, D = k.shape
         keys = (k[:, :, None, :] * wp).reshape(B, L * self.hidden, D)          # product part as one matrix product
-        both = (q @ keys.transpose(1, 2)).view(B, q.shape[1], L, self.hidden)
-        both = F.relu(both + of_q[:, :, None] + of_k[:, None])
-        return both @ self.second.weight[0] + self.second.bias
+        if torch.is_grad_enabled():
+            both = (q @ keys.transpose(1, 2)).view(B, q.shape[1], L, self.hidden)
+            return F.relu(both + of_q[:, :, None] + of_k[:, None]) @ self.second.weight[0] + self.second.bias
+        # Serving: the same in blocks that stay in the cache, in place. Memory traffic is what costs here.
+        out, size = q.new_empty(B, q.shape[1], L), max(1, 2**18 // (L * self.hidden))
+        for b in range(B):
+            bias = of_k[b].reshape(-1)
+            for s in range(0, q.shape[1], size):
+                block = torch.addmm(bias, q[b, s:s + size], keys[b].T).view(-1, L, self.hidden)
+                out[b, s:s + size] = block.add_(of_q[b, s:s + size, None]).relu_() @ self.second.weight[0]
+        return out + self.second.bias
 
     def forward(self, q, k, mask):
         """Weighted sum of the past for each candidate: mask (B, L) or (B, C, L), 1 = keep -> (B, C, D)."""

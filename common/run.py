@@ -138,7 +138,7 @@ def main(Args, train, doc, argv=None):
 def progress(iterable, desc=None, total=None, initial=0):
     """tqdm on standard error; silent without a description. Redirected output gets one line in 30 seconds."""
     return tqdm(iterable, desc=desc, total=total, initial=initial, disable=desc is None, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 30, file=sys.stderr, leave=False)
+                mininterval=0.2 if sys.stderr.isatty() else 30, delay=2, file=sys.stderr, leave=False)
 
 
 # -------------------------------------------------------------------------------------------------------- run folder
@@ -203,7 +203,8 @@ class Run:
     def finish(self, phase, record):
         self.phases[phase] = record
         write_atomically(self.folder / "phases.json", json.dumps(self.phases, indent=1))
-        print(f"{phase}: " + " | ".join(f"{k} {v}" for k, v in record.items()), flush=True)
+        if phase != "result":
+            print(f"{phase} done: " + " | ".join(f"{k} {v}" for k, v in record.items()), flush=True)
 
     def inherit(self, other, phase, files):
         """Take a finished phase over from another run folder (the ablations share what they do not change)."""

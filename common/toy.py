@@ -129,7 +129,7 @@ class World:
                     titles=self.titles, categories=self.categories, texts=self.texts,
                     user=self.user.astype(np.int32), item=self.item.astype(np.int32),
                     rating=self.rating.astype(np.float32), time=self.time.astype(np.int64), user_fields={},
-                    fingerprint=self.name, has_ratings=True)
+                    fingerprint=self.name, has_ratings=True, world=self)
 
 
 def catalogue(n_items, rng):
@@ -165,7 +165,7 @@ def make(n_users=600, n_items=400, n_interactions=15000, misled=0.12, cold=0.08,
     rng = np.random.default_rng([seed, 1])
     liked = np.stack([[rng.choice(8, 3, replace=False) for _ in range(2)] for _ in range(n_users)])
     world = World(titles, categories, texts, genre, theme,
-                  bias=-0.7 * np.log1p(rng.permutation(n_items) / 5.0),
+                  bias=-1.1 * np.log1p(rng.permutation(n_items) / 5.0),
                   factor_item=rng.standard_normal((n_items, 4)), factor_user=rng.standard_normal((n_users, 4)),
                   liked=liked, misled=rng.random(n_users) < misled, cold=rng.random(n_users) < cold,
                   name=f"toy-{n_users}x{n_items}x{n_interactions}-m{misled}-c{cold}-s{seed}-k{catalogue_seed}")

@@ -1,0 +1,38 @@
+# Everything runs in .venv, which is made on first use. PYTHON=... uses an environment of your own instead.
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+.PHONY: demo test bench backbone results clean
+
+demo: $(VENV)/ready
+	$(PYTHON) curec.py --data toy --backbone tiny --run runs/demo --overwrite
+
+test: $(VENV)/ready-test
+	$(PYTHON) -m pytest -q tests
+
+bench: $(VENV)/ready-bench
+	$(PYTHON) tests/bench/bench.py
+
+backbone: $(VENV)/ready
+	$(PYTHON) -m common.make_tiny --out common/tiny
+
+results: $(VENV)/ready
+	$(PYTHON) curec.py --ablations --seeds 0,1,2 --data toy --run runs/results-toy --resume
+
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+
+$(VENV)/ready: requirements.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/ready-test: requirements-dev.txt $(VENV)/ready
+	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+$(VENV)/ready-bench: requirements-bench.txt $(VENV)/ready-test
+	$(VENV)/bin/python -m pip install -q -r requirements-bench.txt
+	$(VENV)/bin/python -m pip install -q --no-deps deepctr-torch==0.2.9
+	touch $@
+
+clean:
+	rm -rf runs .pytest_cache

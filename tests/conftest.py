@@ -1,0 +1,12 @@
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LLMREC_CACHE"] = tempfile.mkdtemp(prefix="llmrec-test-cache-")
+torch.set_num_threads(2)

@@ -1,0 +1,223 @@
+"""common/run.py and common/cuda.py: command line, run folder, checkpoints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from common import cuda
+from common.run import Run, UserError, main, parse
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Args:
+    # -- run
+    data: str = "toy"  # a name
+    backbone: str = "tiny"  # another
+    run: str | None = None  # run folder
+    resume: bool = False  # go on
+    overwrite: bool = False  # start anew
+    device: str = "cpu"  # where
+    seed: int = 0  # of everything
+    # -- method
+    lr: float = 1e-3  # rate, 5 % more or less
+    mode: Literal["a", "b"] = "a"  # a choice
+    weights: tuple[float, ...] = (1.0, 2.0)  # several
+    limit: int | None = None  # none by default
+
+    def check(self):
+        if self.seed < 0:
+            raise ValueError("--seed must not be negative")
+
+
+def test_flags_become_fields_with_their_types():
+    args = parse(Args, "", ["--lr", "2e-3", "--mode", "b", "--weights", "0.1,3", "--limit", "7", "--no-resume"])
+    assert (args.lr, args.mode, args.weights, args.limit, args.resume) == (0.002, "b", (0.1, 3.0), 7, False)
+    assert parse(Args, "", []) == Args()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--sede", "1"], "did you mean --seed"), (["--see", "1"], "unknown flag"), (["--seed", "1.5"], "invalid"),
+    (["--lr", "nan"], "invalid"), (["--mode", "c"], "invalid choice"), (["--seed", "-1"], "must not be negative"),
+    (["--weights", "1,x"], "invalid"), (["stray"], "stray")])
+def test_a_usage_error_is_one_line_and_status_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Args, "", argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_help_shows_groups_comments_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Args, "First paragraph.\n\nSecond.", ["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "method:" in out and "rate, 5 % more or less [0.001]" in out
+    assert "First paragraph." in out and "Second" not in out
+
+
+@pytest.mark.parametrize("problem, status, words", [
+    (UserError("file:3: broken"), 1, "error: file:3: broken"), (KeyboardInterrupt(), 130, "--resume"),
+    (OSError(28, "No space left on device", "x"), 1, "No space left"), (torch.OutOfMemoryError("CUDA"), 1, "lower")])
+def test_a_users_mistake_is_one_line_without_traceback(problem, status, words, capsys):
+    def train(args):
+        raise problem
+    with pytest.raises(SystemExit) as stop:
+        main(Args, train, "", [])
+    err = capsys.readouterr().err
+    assert stop.value.code == status and words in err and "Traceback" not in err
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        main(Args, lambda args: 1 / 0, "", [])
+
+
+def start(folder, **changes):
+    return Run(Args(run=str(folder), **changes), "t", changes.pop("fp", "abc"))
+
+
+def test_a_checkpoint_gives_back_tensors_and_state_to_the_bit(tmp_path):
+    run = start(tmp_path / "r")
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5)}
+    state = {"x": 0.1 + 0.2, "s": "ü</answer>", "l": [1, None, True], "step": 7}
+    run.save("c", tensors, state)
+    got, back = run.load("c")
+    assert all(torch.equal(got[k], tensors[k]) for k in tensors) and {k: back[k] for k in state} == state
+    assert run.load("other") is None
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_and_the_good_one_stays(tmp_path):
+    run = start(tmp_path / "r")
+    run.save("c", {"a": torch.ones(2)}, {"step": 1})
+    with pytest.raises(RuntimeError, match="not finite"):
+        run.save("c", {"a": torch.tensor([1.0, torch.nan])}, {"step": 2})
+    assert run.load("c")[1]["step"] == 1
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run = start(tmp_path / "r")
+    run.save("c", {"a": torch.ones(100)}, {})
+    path = tmp_path / "r" / "c.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match="c.safetensors is damaged"):
+        run.load("c")
+
+
+def test_an_optimiser_goes_on_as_if_nothing_had_happened(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1)
+    def steps(layer, optimizer, n):
+        for _ in range(n):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 3)).pow(2).sum().backward()
+            optimizer.step()
+    straight, optimizer = make()
+    steps(straight, optimizer, 6)
+    first, optimizer = make()
+    steps(first, optimizer, 3)
+    run = start(tmp_path / "r")
+    run.save("c", first.state_dict() | run.optimizer_tensors(optimizer), {})
+    tensors, _ = run.load("c")
+    second, optimizer = make()
+    second.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("opt/")})
+    run.load_optimizer(optimizer, tensors)
+    steps(second, optimizer, 3)
+    assert torch.equal(second.weight, straight.weight) and torch.equal(second.bias, straight.bias)
+
+
+def test_a_folder_with_another_run_is_not_touched_without_being_told(tmp_path):
+    start(tmp_path / "r").save("c", {"a": torch.ones(1)}, {})
+    with pytest.raises(UserError, match="--resume.*--overwrite.*--run"):
+        start(tmp_path / "r")
+    assert start(tmp_path / "r", resume=True).load("c") is not None
+    assert start(tmp_path / "r", overwrite=True).load("c") is None
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds no run"):
+        start(tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_resume_with_other_settings_is_refused_and_the_difference_is_shown(tmp_path):
+    start(tmp_path / "r")
+    with pytest.raises(UserError, match="lr: 0.001 then, 0.5 now"):
+        start(tmp_path / "r", resume=True, lr=0.5)
+    with pytest.raises(UserError, match="data_fingerprint: 'abc' then, 'xyz' now"):
+        Run(Args(run=str(tmp_path / "r"), resume=True), "t", "xyz")
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, capsys):
+    run = start(tmp_path / "r")
+    run.log("p", 1, 3, loss=0.5)
+    run.save("c", {"a": torch.ones(1)}, {})
+    run.log("p", 2, 3, loss=0.4)
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as f:
+        f.write('{"half')
+    run.rewind(run.load("c")[1])
+    assert [json.loads(line)["step"] for line in open(tmp_path / "r" / "metrics.jsonl")] == [1]
+    assert "p 1/3 | loss 0.5" in capsys.readouterr().out
+
+
+def test_result_is_the_last_line_and_a_file(tmp_path, capsys):
+    start(tmp_path / "r").result({"b": 1, "a": 2.5})
+    assert capsys.readouterr().out.splitlines()[-1] == 'RESULT {"a": 2.5, "b": 1}'
+    assert json.loads((tmp_path / "r" / "result.json").read_text()) == {"a": 2.5, "b": 1}
+
+
+def test_a_checkpoint_survives_a_kill_at_any_moment_of_saving(tmp_path):
+    code = ("import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+            "from tests.test_run import start\n"
+            "run = start(sys.argv[2], resume=True)\n"
+            "for step in range(10**6): run.save('c', {'a': torch.full((20000,), float(step))}, {'step': step}); print(step, flush=True)")
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path / "r")], stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()
+        time.sleep(rng.uniform(0, 0.1))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        tensors, state = start(tmp_path / "r", resume=True).load("c")
+        assert (tensors["a"] == state["step"]).all()
+
+
+def test_a_seed_depends_on_its_whole_key_and_on_nothing_else():
+    assert cuda.key_seed(0, "align", 3) == cuda.key_seed(0, "align", 3)
+    keys = {cuda.key_seed(s, n, k) for s in range(3) for n in ("a", "b") for k in range(5)}
+    assert len(keys) == 30
+    draw = lambda: torch.rand(4, generator=cuda.generator("cpu", 1, "x"))
+    assert torch.equal(draw(), draw())
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="not available here"):
+            cuda.pick_device("cuda")
+    with pytest.raises(UserError, match="--dtype"):
+        cuda.pick_dtype("float16", torch.device("cpu"))
+
+
+def test_gradients_are_averaged_over_two_processes(tmp_path):
+    code = ("import sys, os; sys.path.insert(0, sys.argv[1])\nimport torch\nfrom common import cuda\n"
+            "rank, world = cuda.init_distributed()\n"
+            "p, q = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))\n"
+            "p.grad = torch.full((2,), float(rank + 1))\n"
+            "if rank == 0: q.grad = torch.ones(1)\n"
+            "cuda.all_reduce_gradients([p, q])\n"
+            "assert p.grad.tolist() == [1.5, 1.5] and q.grad.tolist() == [0.5], (p.grad, q.grad)\n")
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    children = [subprocess.Popen([sys.executable, "-c", code, str(ROOT)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
+                for r in range(2)]
+    assert [c.wait(timeout=60) for c in children] == [0, 0]
