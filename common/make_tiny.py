@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -96,16 +96,17 @@ class Catalogue:
 
 
 def both(names):
-    return " and ".join(names)
+    """`mystery, ocean`. Attributes are always followed by punctuation, in lists and in sentences: then each is the same
+    token everywhere (see make_tokenizer), and a small model can look it up."""
+    return ", ".join(names)
 
 
 def thought(ranked, looked_for, letter):
-    return f"<think>They often pick {both(ranked[:2])}. I look for {both(looked_for)} ({letter}).</think>"
+    return f"<think>They often pick {both(ranked[:2])}. I look for {both(looked_for)}: {letter}.</think>"
 
 
 def pattern_text(ranked):
-    return (f"This user often picks {both(ranked[:2])} titles" +
-            (f", and sometimes {ranked[2]}." if len(ranked) > 2 else "."))
+    return f"This user often picks {both(ranked[:2])}" + (f"; sometimes {ranked[2]}." if len(ranked) > 2 else ".")
 
 
 def reason_text(rng, attributes, ranked):
@@ -116,23 +117,23 @@ def reason_text(rng, attributes, ranked):
     a, b = names[0], names[-1]
     if a == b:
         return (f"It suits people who like {a}.", f"A good choice for fans of {a}.",
-                f"Because {a} is what they enjoy.", f"The {a} side of it fits well.")[rng.integers(4)]
-    return (f"It suits people who like {a}, as it has {b} too.", f"A good choice for fans of {a} and {b}.",
-            f"Because {a} and {b} are what they enjoy.", f"The mix of {a} and {b} fits well.")[rng.integers(4)]
+                f"They enjoy {a}, and this is just that.", f"It is all about {a}.")[rng.integers(4)]
+    return (f"It suits people who like {a}, {b}.", f"A good choice for fans of {a}, as it has {b}, too.",
+            f"They enjoy {a}, and here it comes with {b}.", f"The mix of {a}, {b}, fits well.")[rng.integers(4)]
 
 
 SKILLS = ("align", "pattern", "reason", "which", "find", "share", "describe", "category", "yesno")
-EARLY = (0.10, 0.05, 0.05, 0.20, 0.40, 0.08, 0.00, 0.04, 0.08)      # first find things, in short lists
+EARLY = (0.08, 0.04, 0.04, 0.16, 0.56, 0.06, 0.00, 0.02, 0.04)      # first find things, in short lists
 LATE = (0.30, 0.16, 0.14, 0.12, 0.10, 0.06, 0.04, 0.04, 0.04)       # then the formats that the scripts use
 
 
 def sample(rng, world, stage=1.0):
     """One (skill, prompt, completion). `stage` in [0, 1]: lists grow from 2 to 10 lines over the training."""
-    c = Catalogue(rng, world if rng.random() < 0.4 else None)
+    c = Catalogue(rng, world if rng.random() < 0.8 - 0.4 * stage else None)
     most = 2 + int(round(8 * stage))
     items, ranked, counts = c.history(int(rng.integers(1, most + 1)))
     history = [c.line(i) for i in items]
-    size = int(rng.choice([4, 5, 5, 5, 5, 8])) if rng.random() < stage else int(rng.integers(2, 4))
+    size = int(rng.choice([4, 5, 5, 5, 5, 8]))
     candidates = rng.choice(len(c.titles), size, replace=False)
     lines = [c.line(i) for i in candidates]
     pick = int(rng.integers(len(candidates)))
@@ -150,15 +151,16 @@ def sample(rng, world, stage=1.0):
         keep = [k for k in range(size) if k == pick or not all(a in c.attributes[candidates[k]] for a in looked_for)]
         lines, pick = [lines[k] for k in keep], keep.index(pick)
         return (skill, f"Which of these is about {both(looked_for)}?\n{candidate_lines(lines)}",
-                f"<think>I look for {both(looked_for)} ({LETTERS[pick]}).</think>\n<answer>{LETTERS[pick]}</answer>")
+                f"<think>I look for {both(looked_for)}: {LETTERS[pick]}.</think>\n<answer>{LETTERS[pick]}</answer>")
     if skill == "find":                                   # many look-ups in one answer: attributes that one line has
         where = {}
         for k, i in enumerate(candidates):
             for a in c.attributes[i]:
                 where.setdefault(a, []).append(LETTERS[k])
-        asked = [str(a) for a in rng.permutation([a for a in where if len(where[a]) == 1] or list(where)[:1])][:6]
-        return (skill, f"Give the letters of: {', '.join(asked)}.\n{candidate_lines(lines)}",
-                ", ".join(f"{a} ({where[a][0]})" for a in asked))
+        asked = [a for a in where if len(where[a]) == 1] or list(where)[:1]
+        asked = [str(a) for a in rng.choice(asked, 12)]   # drawn with repetition, so that counting letters is no help
+        return (skill, f"{candidate_lines(lines)}\nWhich letter has which?",
+                ", ".join(f"{a}: {where[a][0]}" for a in asked) + ".")
     if skill == "share":
         return skill, f"What do most of these titles have in common?\n{history_lines(history)}", f"{ranked[0]}"
     if skill == "describe":
@@ -176,15 +178,21 @@ def sample(rng, world, stage=1.0):
 
 # ------------------------------------------------------------------------------------------------ tokenizer and model
 def make_tokenizer(rng, world, vocab_size=2048):
-    """Byte-level BPE (nothing is unknown to it) trained on generated text; Qwen's control tokens and chat format."""
+    """Byte-level BPE (nothing is unknown to it) trained on generated text; Qwen's control tokens and chat format.
+
+    A space belongs to the word or mark before it, not to the word after it as usual: `(ocean, war)` and `pick war.`
+    then hold the same token for `war`.
+    """
     def corpus():
         for _ in range(12_000):
             _, prompt, completion = sample(rng, world)
             yield prompt + "\n" + completion
         for a in ATTRIBUTES * 20:
-            yield f"- ({a}, {a.capitalize()})"
+            yield f"({a}, {a.capitalize()})"
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{L}+ ?|\p{N}{1,4} ?|[^\s\p{L}\p{N}]+ ?|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
@@ -214,7 +222,7 @@ def batches(tokenizer, seed, size, world, stage):
     rng = np.random.default_rng([seed, 2])
     head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)))
-    opening = torch.tensor(tokenizer.convert_tokens_to_ids(["Ġ(", ">"]))
+    opening = torch.tensor(tokenizer.convert_tokens_to_ids([":Ġ", ">"]))
     while True:
         texts = [sample(rng, world, stage())[1:] for _ in range(4 * size)]
         prompts = tokenizer([head + p + tail for p, _ in texts])["input_ids"]
@@ -252,7 +260,7 @@ def skills(model, tokenizer, world, seed=10**6, n=1024):
             if skill in ("align", "reason", "describe"):
                 continue                                       # many right answers: judged where they are used
             if skill == "pattern":                             # the two most frequent attributes, in any order
-                said = [set(x.split(" titles")[0].removeprefix("This user often picks ").split(" and "))
+                said = [set(x.removeprefix("This user often picks ").split("; ")[0].rstrip(".").split(", "))
                         for x in (text, answer)]
                 right.setdefault(skill, []).append(said[0] == said[1])
             else:
@@ -273,7 +281,7 @@ Exact match on {n:,} fresh prompts (random catalogues and the toy world's), gree
 | --- | --- |
 {rows}
 
-`find`: the letters of the lines that have given attributes. `which`: the only candidate with the attributes asked for. `pattern`: the two most frequent attributes of a
+`find`: the letters of the lines that have given attributes (the rate counts letters). `which`: the only candidate with the attributes asked for. `pattern`: the two most frequent attributes of a
 history of 1-10 titles (ties make 1.0 impossible). `share`: the most frequent one. `category`: recall or read an
 item's categories. `yesno`: is title X about Y.
 """
@@ -296,21 +304,21 @@ def main():
     model.set_attn_implementation("eager")                     # at these lengths faster than the fused kernel on a CPU
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    optimizers = [torch.optim.Muon(matrices, lr=2 * args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)]
     start, losses, letters = time.time(), [], []
-    progress = 0.0
-    source = batches(tokenizer, args.seed, args.batch, world, stage=lambda: min(1.0, 2 * progress))
+    elapsed = stage = 0.0
+    source = batches(tokenizer, args.seed, args.batch, world, stage=lambda: stage)
     print(f"{parameters:,} parameters, {len(tokenizer):,} tokens", flush=True)
     for step in progress(range(args.steps), "pretraining", args.steps):
-        progress = step / args.steps
+        elapsed = step / args.steps
         if args.minutes:                                       # the clock decides where on the schedule we are
-            progress = max(progress, (time.time() - start) / 60 / args.minutes)
-            if progress >= 1:
+            elapsed = max(elapsed, (time.time() - start) / 60 / args.minutes)
+            if elapsed >= 1:
                 break
-        rate = args.lr * min(1, (step + 1) / 100) * min(1.0, 2.5 * (1 - progress))         # trapezoid
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = rate
+        rate = args.lr * min(1, (step + 1) / 100) * min(1.0, 2.5 * (1 - elapsed))         # trapezoid
+        for group, factor in zip((g for o in optimizers for g in o.param_groups), (2, 1)):
+            group["lr"] = factor * rate
         tokens, labels, weights = (x.to(device) for x in next(source))
         with torch.autocast(device, dtype=torch.bfloat16):
             hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]   # (B, T-1, D)
@@ -325,8 +333,10 @@ def main():
             optimizer.step()
         losses.append(loss.item())
         letters.append((logits.argmax(-1) == target)[weight > 1].float().mean().item() if (weight > 1).any() else np.nan)
+        # The curriculum waits for the look-up to be learned, and in the second half no longer.
+        stage = min(1.0, max(stage + 0.004 * (np.nanmean(letters[-20:]) > 0.8), 2 * elapsed - 0.9))
         if step % 50 == 49:
-            print(f"step {step + 1} | loss {np.mean(losses[-50:]):.4f} | letters right {np.nanmean(letters[-50:]):.3f} | "
+            print(f"step {step + 1} | loss {np.mean(losses[-50:]):.4f} | letters right {np.nanmean(letters[-50:]):.3f} | stage {stage:.2f} | "
                   f"{time.time() - start:.0f} s", flush=True)
         if step % 500 == 499:
             save(model, tokenizer, args.out)

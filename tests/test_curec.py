@@ -1,0 +1,355 @@
+"""curec.py: losses against TRL and by hand, the reward model, the chronological order, leaks, hostile outputs, resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import curec
+from common import cuda, toy
+from common.run import UserError
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(data="toy:80x160x1100", align_steps=3, align_prompts=3, group=4, eval_prompts=8, rm_epochs=3, correct_events=14,
+             correct_batch=4, reasons=2, max_reasons=3, llm_batch=16, negatives=4, dim=16, max_history=12, rm_batch=16)
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+def fake(seed=0, B=3, G=4, T=6):
+    g = torch.Generator().manual_seed(seed)
+    logps, old, ref = (-torch.rand(B, G, T, generator=g, dtype=torch.float64) - 0.1 for _ in range(3))
+    mask = (torch.arange(T) < torch.randint(1, T + 1, (B, G, 1), generator=g)).double()
+    return logps.requires_grad_(), old, ref, torch.randn(B, G, generator=g, dtype=torch.float64), mask
+
+
+def test_on_policy_the_clipped_loss_is_the_policy_gradient_with_value_zero():
+    logps, _, _, _, mask = fake()
+    adv = curec.advantages(torch.randn(3, 4, dtype=torch.float64))
+    loss, _ = curec.grpo_loss(logps, logps.detach(), logps.detach(), adv, mask, beta=0.0)
+    grad, = torch.autograd.grad(loss, logps)
+    reinforce = -(adv[..., None] * logps * mask).sum(-1) / mask.sum(-1)
+    want, = torch.autograd.grad(reinforce.mean(), logps)
+    assert abs(loss.item()) < 1e-9 and torch.allclose(grad, want)
+
+
+@pytest.mark.parametrize("norm", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("kl", ["k3", "k3-unbiased"])
+def test_gradients_of_every_mode_are_right_in_double_precision(norm, kl):
+    logps, old, ref, adv, mask = fake()
+    assert torch.autograd.gradcheck(lambda x: curec.grpo_loss(x, old, ref, adv, mask, 0.2, 0.3, kl, norm)[0], (logps,))
+
+
+def test_a_better_completion_becomes_more_likely():
+    logps, _, ref, _, mask = fake()
+    adv = torch.zeros(3, 4, dtype=torch.float64)
+    adv[0, 0], adv[0, 1] = 1.0, -1.0
+    loss, _ = curec.grpo_loss(logps, logps.detach(), ref, adv, mask, beta=0.0)
+    grad, = torch.autograd.grad(loss, logps)
+    assert (grad[0, 0][mask[0, 0] > 0] < 0).all() and (grad[0, 1][mask[0, 1] > 0] > 0).all() and (grad[1:] == 0).all()
+
+
+def test_the_ratio_is_clipped_on_the_side_that_the_advantage_pushes_to():
+    old = torch.zeros(1, 2, 1, dtype=torch.float64)
+    logps = torch.tensor([[[1.0], [1.0]]], dtype=torch.float64, requires_grad=True)             # ratio e > 1.2 for both
+    adv = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    loss, stats = curec.grpo_loss(logps, old, old, adv, torch.ones_like(old), beta=0.0)
+    grad, = torch.autograd.grad(loss, logps)
+    assert grad[0, 0, 0] == 0 and grad[0, 1, 0] > 0 and stats["clip_frac"] == 0.5
+
+
+def test_k3_is_never_negative_and_its_gradients_are_the_two_kl_directions():
+    """E_pi[k3] has the gradient of KL(ref||pi); multiplied by the ratio that of KL(pi||ref). All outcomes enumerated."""
+    torch.manual_seed(0)
+    z, r = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64).log_softmax(0)
+    logps = z.log_softmax(0)
+    p = logps.detach().exp()
+    one = torch.ones(1, 5, 1, dtype=torch.float64)
+    for mode, divergence in (("k3", lambda l: (r.exp() * (r - l)).sum()), ("k3-unbiased", lambda l: (l.exp() * (l - r)).sum())):
+        total = 0
+        for k in range(5):                                         # one completion of one token each, weighted by pi
+            loss, stats = curec.grpo_loss(logps[k].view(1, 1, 1), logps[k].detach().view(1, 1, 1), r[k].view(1, 1, 1),
+                                          torch.zeros(1, 1, dtype=torch.float64), one[:, :1], beta=1.0, kl=mode)
+            assert stats["kl"] >= 0
+            total = total + p[k] * loss
+        got, = torch.autograd.grad(total, z, retain_graph=True)
+        want, = torch.autograd.grad(divergence(z.log_softmax(0)), z)
+        assert torch.allclose(got, want, atol=1e-12), mode
+
+
+def test_advantages_of_equal_rewards_are_zero_and_a_group_of_one_is_refused():
+    assert (curec.advantages(torch.full((2, 4), 0.7)) == 0).all()
+    noise = 0.7 + 1e-5 * torch.randn(1, 8)
+    assert curec.advantages(noise).abs().max() < 0.5              # rounding noise is not blown up
+    with pytest.raises(ValueError, match="at least 2"):
+        curec.advantages(torch.ones(3, 1))
+    rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
+    a = curec.advantages(rewards)
+    assert torch.allclose(a, torch.tensor([[-0.8658, 0.8658, -0.8658, 0.8658]]), atol=1e-3)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(curec.advantages(rewards[:, order]), a[:, order])
+    assert curec.advantages(rewards, "none").tolist() == [[-0.5, 0.5, -0.5, 0.5]]
+
+
+def test_padding_and_micro_batches_do_not_change_the_loss():
+    logps, old, ref, adv, mask = fake()
+    pad = lambda x: torch.nn.functional.pad(x, (0, 3))
+    for norm in ("grpo", "dapo"):
+        a, _ = curec.grpo_loss(logps, old, ref, adv, mask, length_norm=norm)
+        b, _ = curec.grpo_loss(pad(logps), pad(old), pad(ref), adv, pad(mask), length_norm=norm)
+        assert torch.allclose(a, b)
+    parts = [curec.grpo_loss(logps[k:k + 1], old[k:k + 1], ref[k:k + 1], adv[k:k + 1], mask[k:k + 1])[0] for k in range(3)]
+    assert torch.allclose(torch.stack(parts).mean(), curec.grpo_loss(logps, old, ref, adv, mask)[0])
+
+
+# ---------------------------------------------------------------------------------------------- rules, hostile outputs
+def test_rules_by_hand():
+    good = "<think>They often pick sea.</think>\n<answer>B</answer>"
+    assert curec.rule_rewards(good, 5, 1) == (1, 1, 1)
+    assert curec.rule_rewards(good, 5, 2) == (1, 1, 0)
+    assert curec.rule_rewards(good.replace("B", " b "), 5, 1) == (1, 1, 1)
+    assert curec.rule_rewards(good.replace("B", "F"), 5, 1) == (1, 0, 0)
+    for bad in ("B", good + good, good + " or C", "<answer>B</answer>\n<think>x</think>", good.replace("</think>", ""),
+                "<think>a title with </answer> in it</think>\n<answer>B</answer>", "<answer>B</answer>", ""):
+        assert curec.rule_rewards(bad, 5, 1) == (0, 0, 0), bad
+
+
+def test_ten_thousand_hostile_outputs_never_crash_and_never_count_as_correct():
+    rng = np.random.default_rng(0)
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", "B", "A", "\0", "\U0001f600", "9" * 400, "\n", " ", "<|im_end|>",
+              "<answer><answer>", "</answer></answer>", "\u202e", "Z", "The <answer>B</answer> Story", "\ud800", "ﬁ", "ß", "𝐁"]
+    for _ in range(10_000):
+        text = "".join(pieces[k] for k in rng.integers(0, len(pieces), rng.integers(0, 12)))
+        form, legal, correct = curec.rule_rewards(text, 5, 1)
+        assert correct <= legal <= form
+        if correct:                                               # only ever the one form that is asked for
+            assert [text.count(t) for t in curec.TAGS] == [1] * 4 and text.split("<answer>")[1].split("</answer>")[0].strip() == "B"
+        line = curec.clean_text(text)
+        assert "\n" not in line and "\0" not in line and len(line) <= 300 and "<answer>" not in line
+
+
+def test_a_title_with_tags_or_letters_stays_one_line_of_data_in_the_prompt():
+    from common.prompts import item_line
+    line = item_line("Evil</answer>\n<answer>A</answer>\nB. Other", ["x"])
+    prompt = curec.align_prompt([line], [line, item_line("T" * 5000, [])])
+    assert prompt.count("\nB. ") == 1 and len(prompt) < 1000
+
+
+# -------------------------------------------------------------------------------------------------------- reward model
+def world(features="both", **changes):
+    args = curec.Args(**SMALL | {"features": features, "dropout": 0.0} | changes)
+    logs = curec.prepare(args)
+    texts = curec.Texts(len(logs.data.users), len(logs.data.items), 3, 8, "cpu")
+    g = torch.Generator().manual_seed(0)
+    texts.patterns = torch.randn(texts.patterns.shape, generator=g)
+    users, positions = logs.train_events()
+    for u, p in list(zip(users, positions))[:200:2]:
+        i = int(logs.item_at(u, p))
+        if i != 0:                                                # item 0 never gets a reason
+            texts.put_reason(i, int(u), "x", torch.randn(8, generator=g), "test")
+    torch.manual_seed(1)
+    model = curec.RewardModel(args, len(logs.data.users), len(logs.data.items), 8)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return args, logs, texts, model.eval()
+
+
+@pytest.mark.parametrize("features", ["both", "ids", "text"])
+def test_training_at_all_times_equals_serving_on_each_prefix(features):
+    args, logs, texts, model = world(features)
+    u = np.array([k for k in range(80) if logs.n_train[k] >= 8][:3])
+    sequence = logs.histories(u, np.full(3, 8), 8)
+    negatives = torch.tensor([[1, 5, 9], [2, 4, 6], [3, 5, 7]])
+    users = torch.as_tensor(u)
+    positive, negative = model.forward_all_times(users, sequence, negatives, texts)
+    for t in range(1, 8):
+        prefix = torch.nn.functional.pad(sequence[:, :t], (0, 2))
+        candidates = torch.cat([sequence[:, t:t + 1], negatives], 1)
+        want = model(users, prefix, candidates, texts)
+        assert torch.allclose(positive[:, t], want[:, 0], atol=1e-4)
+        assert torch.allclose(negative[:, t], want[:, 1:], atol=1e-4)
+
+
+def test_the_future_influences_no_earlier_score():
+    args, logs, texts, model = world()
+    users, sequence = torch.tensor([0, 1]), torch.randint(1, 50, (2, 10))
+    changed = sequence.clone()
+    changed[:, 6:] = torch.randint(1, 50, (2, 4))
+    a, b = (model.forward_all_times(users, s, torch.tensor([[3], [4]]), texts) for s in (sequence, changed))
+    assert torch.allclose(a[0][:, :6], b[0][:, :6], atol=1e-5) and torch.allclose(a[1][:, :7], b[1][:, :7], atol=1e-5)
+    assert not torch.allclose(a[1][:, 8:], b[1][:, 8:], atol=1e-3)
+
+
+def test_a_users_own_reason_is_masked_and_another_users_is_not():
+    args, logs, texts, model = world()
+    i = next(k for k, r in enumerate(texts.reason) if len(r) >= 2)
+    author = texts.reason[i][0]["author"]
+    history, items = torch.tensor([[1, 2, 3]]), torch.tensor([[i + 1]])
+    score = lambda u: float(model(torch.tensor([u]), history, items, texts))
+    own, other = score(author), score((author + 1) % 80 if (author + 1) % 80 not in [r["author"] for r in texts.reason[i]] else author + 2)
+    texts.reasons[i, 0] = 100 * torch.randn(8)
+    assert score(author) == own
+    assert score((author + 1) % 80 if (author + 1) % 80 not in [r["author"] for r in texts.reason[i]] else author + 2) != other
+
+
+def test_scores_are_finite_without_reasons_and_do_not_depend_on_their_order_or_empty_slots():
+    args, logs, texts, model = world()
+    history = torch.tensor([[1, 2, 3]])
+    every = model.score_catalogue(torch.tensor([0]), history, texts)
+    assert torch.isfinite(every).all() and not texts.reason[0]
+    texts.reasons, texts.author = texts.reasons.flip(1), texts.author.flip(1)
+    assert torch.allclose(every, model.score_catalogue(torch.tensor([0]), history, texts), atol=1e-4)
+    texts.reasons = torch.cat([texts.reasons, torch.full((len(texts.reasons), 2, 8), 7.0)], 1)
+    texts.author = torch.cat([texts.author, torch.full((len(texts.author), 2), -1)], 1)
+    assert torch.allclose(every, model.score_catalogue(torch.tensor([0]), history, texts), atol=1e-4)
+    tables = model.tables(texts)
+    assert torch.allclose(every, model.score_catalogue(torch.tensor([0]), history, texts, tables), atol=1e-4)
+
+
+def test_an_appended_reason_is_judged_as_if_another_user_had_written_it():
+    args, logs, texts, model = world()
+    i = next(k for k, r in enumerate(texts.reason) if len(r) == 1)
+    u = next(k for k in range(80) if k != texts.reason[i][0]["author"])
+    new = torch.randn(1, 2, 8)
+    history, items = torch.tensor([[1, 2, 3]]), torch.tensor([[i + 1, i + 1]])
+    got = model(torch.tensor([u]), history, items, texts, extra=new)
+    for k in range(2):
+        copy = curec.Texts(80, len(texts.reason), 3, 8, "cpu").restore({n: t.clone() for n, t in texts.tensors().items()}, texts.state())
+        copy.put_reason(i, 79 if u != 79 else 78, "y", new[0, k], "test")
+        assert torch.allclose(got[0, k], model(torch.tensor([u]), history, items[:, :1], copy)[0, 0], atol=1e-5)
+
+
+def test_every_parameter_of_the_reward_model_learns():
+    args, logs, texts, model = world(history_text=True)
+    model.train()
+    u = np.flatnonzero(logs.n_train >= 8)[:16]
+    sequence = logs.histories(u, np.full(len(u), 8), 8)
+    positive, negative = model.forward_all_times(torch.as_tensor(u), sequence, torch.randint(1, 50, (len(u), 5)), texts)
+    (positive.sum() + negative.square().sum()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
+
+
+# ------------------------------------------------------------------------------------------------- order, lists, leaks
+def test_batches_show_every_event_the_states_it_would_meet_one_by_one():
+    rng = np.random.default_rng(0)
+    for trial in range(50):
+        n = int(rng.integers(1, 60))
+        users, items, size = rng.integers(0, 8, n).tolist(), rng.integers(0, 9, n).tolist(), int(rng.integers(1, 6))
+        def replay(batches):
+            state, met = {}, {}
+            for batch in batches:
+                for e in batch:                                   # all of a batch read first ...
+                    met[e] = (state.get(("u", users[e])), state.get(("i", items[e])))
+                for e in batch:                                   # ... then all write
+                    state[("u", users[e])] = state[("i", items[e])] = e
+            return met
+        batches = curec.schedule(users, items, size)
+        assert sorted(e for b in batches for e in b) == list(range(n)) and max(map(len, batches)) <= size
+        assert all(len({users[e] for e in b}) == len({items[e] for e in b}) == len(b) for b in batches)
+        assert replay(batches) == replay([[e] for e in range(n)])
+    assert curec.schedule([0, 1, 0], [5, 6, 7], 2) == [[0, 1], [2]]
+
+
+def test_a_list_of_reasons_replaces_the_authors_own_and_drops_the_oldest():
+    texts = curec.Texts(9, 1, 2, 1, "cpu")
+    for author, value in ((3, 1.0), (4, 2.0), (3, 3.0), (5, 4.0)):
+        texts.put_reason(0, author, str(value), torch.tensor([value]), "t")
+    assert [(r["author"], r["text"]) for r in texts.reason[0]] == [(4, "2.0"), (5, "4.0")]
+    assert texts.author[0].tolist() == [4, 5] and texts.reasons[0, :, 0].tolist() == [2.0, 4.0]
+
+
+def test_a_planted_reason_from_a_held_out_interaction_is_caught():
+    args, logs, texts, model = world()
+    texts.check_no_leak(logs)
+    u = int(logs.judged[0])
+    texts.put_reason(int(logs.item_at(u, logs.n_train[u] + 1)), u, "planted", torch.zeros(8), "t")
+    with pytest.raises(UserError, match="leak: the reason 'planted'"):
+        texts.check_no_leak(logs)
+
+
+def test_no_prompt_shows_the_item_it_asks_for_or_anything_after_it():
+    args, logs, texts, model = world()
+    users, positions = logs.train_events()
+    assert (positions < logs.n_train[users]).all()
+    assert (np.diff(logs.times[logs.bounds[users] + positions]) >= 0).all()
+    for u, p in zip(users[::17], positions[::17]):
+        now_and_later = {logs.lines[i] for i in logs.sequence(u)[p:]}
+        assert not now_and_later & set(logs.history(u, p))
+    prompts, targets = logs.align_examples(users[:50], positions[:50], 5, 3)
+    for prompt, target, u, p in zip(prompts, targets, users, positions):
+        lines = prompt.split("choose next?\n")[1].split("\n")[:5]
+        assert lines[target] == f"{'ABCDE'[target]}. {logs.lines[logs.item_at(u, p)]}"
+        had = {logs.lines[i] for i in logs.sequence(u)}
+        assert not any(line[3:] in had for k, line in enumerate(lines) if k != target)
+    assert np.bincount(targets, minlength=5).min() > 0
+
+
+def test_the_vectorised_histories_equal_slices():
+    args, logs, texts, model = world()
+    u = logs.judged[:20]
+    p = logs.n_train[u]
+    for row, x, y in zip(logs.histories(u, p, 6), u, p):
+        want = (logs.sequence(x)[max(0, y - 6):y] + 1).tolist()
+        assert row.tolist() == want + [0] * (6 - len(want))
+    users, starts = logs.windows(5, np.random.default_rng(0))
+    covered = {(x, t) for x, s in zip(users, starts) for t in range(s, min(s + 5, logs.n_train[x]))}
+    assert covered == {(x, t) for x in range(80) for t in range(logs.n_train[x])}
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+def command(folder, *extra):
+    flags = [x for k, v in SMALL.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    return [sys.executable, str(ROOT / "curec.py"), *flags, "--run", str(folder), *extra]
+
+
+def result_of(out):
+    return out.strip().splitlines()[-1]
+
+
+def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_result_to_the_bit(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    start = time.time()
+    straight = subprocess.run(command(tmp_path / "a"), capture_output=True, text=True, env=env, cwd=tmp_path)
+    seconds = time.time() - start
+    assert straight.returncode == 0, straight.stderr
+    rng, kills = np.random.default_rng(int(os.environ.get("KILL_SEED", 0))), int(os.environ.get("KILLS", 2))
+    for k in range(kills):
+        child = subprocess.Popen(command(tmp_path / "b", "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                 env=env, cwd=tmp_path)
+        time.sleep(rng.uniform(0.25, 0.9) * seconds if kills < 5 else rng.uniform(2.5, seconds))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    resumed = subprocess.run(command(tmp_path / "b", "--resume"), capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert result_of(resumed.stdout) == result_of(straight.stdout) and result_of(straight.stdout).startswith("RESULT {")
+    steps = lambda folder: [(r["phase"], r["step"]) for r in map(json.loads, open(folder / "metrics.jsonl"))]
+    assert [s for s in steps(tmp_path / "a") if s[0] != "serve"] == [s for s in steps(tmp_path / "b") if s[0] != "serve"]
+
+    shown = subprocess.run([sys.executable, str(ROOT / "curec.py"), "--recommend", "u3", "--run", str(tmp_path / "b"), "--top", "3"],
+                           capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "pattern: " in shown.stdout and " 3. The " in shown.stdout and "%" in shown.stdout
+    nobody = subprocess.run([sys.executable, str(ROOT / "curec.py"), "--recommend", "me", "--run", str(tmp_path / "b")],
+                            capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert nobody.returncode == 1 and nobody.stderr.startswith("error: --recommend me: no such user")
+
+
+@pytest.mark.parametrize("flags, status, words", [
+    (["--group", "1"], 2, "--group must be at least 2"), (["--data", "nowhere"], 1, "neither a folder nor one of"),
+    (["--data", "toy:5"], 1, "USERSxITEMSxINTERACTIONS"), (["--lora-targets", "wq"], 1, "no such linear layer"),
+    (["--backbone", "/nowhere"], 1, "cannot be loaded"), (["--recommend", "u1"], 2, "needs --run")])
+def test_a_users_mistake_is_one_clear_line(flags, status, words, tmp_path, capsys, monkeypatch):
+    from common.run import main
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(curec.Args, curec.train, curec.__doc__, flags)
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == status and words in err
+    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp"]
