@@ -1,23 +1,26 @@
 """A causal LM from Hugging Face: load, tokenise, sample groups, score, encode.
 
-ONE IDEA carries sampling and training: a packed row holds one prompt and its G completions, and `owner` says whose
-each position is (-1 the prompt's, g completion g's, anything below nobody's). A query may look at the prompt and at
-its own completion, and positions restart at the prompt's end:
+ONE IDEA carries sampling and training: a packed row holds one prompt and its G completions, and `owner` says
+whose each position is (-1 the prompt's, g completion g's, anything below nobody's). A query may look at the
+prompt and at its own completion, and positions restart at the prompt's end:
 
     row       p0 p1 p2 p3 | a0 a1 a2 | b0 b1          keys that b1 sees:  p0 p1 p2 p3 . . . b0 b1
     owner     -1 -1 -1 -1    0  0  0    1  1
     position   0  1  2  3    4  5  6    4  5
 
-So the prompt is computed once for its G completions, when they are sampled and when they are trained on. Models with
-a sliding window or recurrent layers do not follow such a mask and are refused.
+So the prompt is computed once for its G completions, when they are sampled and when they are trained on.
+Models that do not follow such a mask (sliding windows, recurrent layers, ALiBi) or that change their logits
+after the output head are refused.
 """
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,27 +29,64 @@ from common.run import UserError, progress
 TINY = Path(__file__).parent / "tiny"
 
 
-# --------------------------------------------------------------------------------------------------- load, tokenise
+# --------------------------------------------------------------------------------------------- load, tokenise
 def load(name, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a Hugging Face causal LM by name or folder ("tiny" = the bundled one), frozen, in eval mode.
+    """(model, tokenizer) of a Hugging Face causal LM by name or folder ("tiny" = the bundled one), frozen, in
+    eval mode. Weights come from safetensors and no code of the model's repository is run.
 
     Raises UserError, in one line, when it cannot be had or cannot be used here.
     """
     source = str(TINY) if name == "tiny" else str(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError) as problem:
-        reason = str(problem).strip().splitlines()[0][:200]
-        raise UserError(f"--backbone {name}: cannot be loaded ({reason}); give a folder with config.json, the tokenizer and "
-                        "model.safetensors, or a Hugging Face name where there is a network") from None
-    config = model.config
-    if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", 1) != 1:
-        raise UserError(f"--backbone {name}: models that rescale their logits are not supported")
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise UserError(f"--backbone {name}: only models with full attention in every layer are supported "
-                        f"(this one has {', '.join(sorted(set(config.layer_types)))})")
-    return model.to(device).eval().requires_grad_(False), tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True,
+                                                     trust_remote_code=False, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, SafetensorError) as problem:
+        raise UserError(f"--backbone {name}: cannot be loaded ({_first_line(problem)}); give a folder with "
+                        "config.json, tokenizer and model.safetensors, or a name and a network") from None
+    model = model.to(device).eval().requires_grad_(False)
+    check_backbone(model, name)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_backbone(model, name):
+    """Raise UserError unless the model follows the packed rows' mask and its logits are head(hidden state).
+
+    Known offenders by their config, the others by trying: one packed row against plain passes. Both errors
+    are relative, so that bf16's rounding (about 1 %) passes and another computation does not.
+    """
+    config, window = model.config, getattr(model.config, "sliding_window", None)
+    why = "models that rescale their logits are not supported"
+    if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", 1) not in (1, None):
+        raise UserError(f"--backbone {name}: {why}; take another one")
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    if set(kinds) != {"full_attention"}:
+        raise UserError(f"--backbone {name}: only models with full attention in every layer are supported, "
+                        f"this one has {', '.join(sorted(set(kinds)))}; take another one")
+    a, b = torch.tensor([[[1, 2, 3, 4], [5, 6, 7, 8]]]) % config.vocab_size, [9 % config.vocab_size, 2, 3]
+    try:
+        packed = pack([b], a, torch.tensor([[4, 4]])).to(model.device)
+        plain = torch.tensor([b + c.tolist() for c in a[0]], device=model.device)
+        want = model.get_decoder()(input_ids=plain, use_cache=False).last_hidden_state[:, 2:-1]
+        far = _distance(packed_hidden(model, packed), want.flatten(0, 1))
+        logits = model(input_ids=plain, use_cache=False).logits[:, 2:-1]
+        rescaled = _distance(model.get_output_embeddings()(want), logits)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        raise UserError(f"--backbone {name}: does not take packed rows ({_first_line(problem)}); "
+                        "take another one") from None
+    if not far < 0.1:
+        raise UserError(f"--backbone {name}: its attention ignores the mask of packed rows; take another one")
+    if not rescaled < 0.02:
+        raise UserError(f"--backbone {name}: {why}; take another one")
+
+
+def _first_line(problem):
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+
+
+def _distance(x, y):
+    return float((x.float() - y.float()).norm() / y.float().norm())
 
 
 def eos_ids(model, tokenizer):
@@ -59,57 +99,87 @@ def eos_ids(model, tokenizer):
 @functools.lru_cache(maxsize=8)
 def _frame(tokenizer, system):
     """The token ids of the chat template before and after the user's text."""
-    mark = "USERTEXT"
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": mark}]
+    mark = "\ue000user\ue001"                         # private-use letters: in no template, in no system text
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": mark})
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:
         text = (tokenizer.bos_token or "") + "\n".join(m["content"] for m in messages) + "\n"
-    before, after = text.split(mark)
-    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+    if text.count(mark) != 1:
+        raise UserError("--backbone: its chat template drops or repeats the user's text; take another one")
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(mark))
+
+
+@functools.lru_cache(maxsize=8)
+def _control(tokenizer):
+    """Pattern of the places after the first letter of the chat format's tokens that are not on the list of
+    special tokens, such as Qwen3's <think> and <tool_call>: split_special_tokens would leave them whole."""
+    words = [w for w in set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+             if len(w.strip()) > 1 and w in str(tokenizer.chat_template)]
+    return re.compile("|".join(f"(?<={re.escape(w[0])})(?={re.escape(w[1:])})" for w in words) or r"(?!)")
+
+
+def plain_ids(tokenizer, text):
+    """Token ids of text that is data: control tokens inside are tokenised as the letters they are."""
+    return [i for part in _control(tokenizer).split(text) if part
+            for i in tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
 
 
 def chat(tokenizer, text, system=None):
-    """One user message in the model's chat format -> token ids. A control token in `text` is tokenised as plain text:
-    what users and titles say is data and can neither end the message nor open another."""
+    """One user message in the model's chat format -> token ids. A control token in `text` is tokenised as
+    plain text: what users and titles say is data and can neither end the message nor open another."""
     before, after = _frame(tokenizer, system)
-    return before + tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] + after
+    return before + plain_ids(tokenizer, text) + after
 
 
-# ----------------------------------------------------------------------------------------------------- group rollouts
+# --------------------------------------------------------------------------------------------- group rollouts
+def block_mask(owner_q, owner_k, causal=False):
+    """owner_q (B, Q), owner_k (B, K) -> (B, 1, Q, K) bool, True = may look.
+
+    causal: the queries are the keys, in order. Padding sees the prompt too: a query that sees nothing would
+    be NaN, and 0 x NaN is NaN for everybody.
+    """
+    q, k = owner_q[:, :, None], owner_k[:, None, :]
+    seen = (k == -1) | ((k == q) & (k >= 0))
+    return (seen.tril() if causal else seen)[:, None]
+
+
 class SharedCache:
-    """Keys and values of packed rows in one buffer per layer, (B, heads, capacity, head_dim), filled from the left.
+    """Keys and values of packed rows, one buffer (B, heads, capacity, head_dim) per layer, filled from left;
+    owner (B, capacity) says whose each column is. Hugging Face's cache protocol, as far as decoders ask.
 
-    `dynamic` hands out the filled part; otherwise the whole buffer at a fixed address, as CUDA graphs need it.
+    `fixed` hands out the whole buffer at a fixed address, as CUDA graphs need it; otherwise the filled part.
     """
 
-    def __init__(self, capacity, dynamic=True):
-        self.capacity, self.dynamic, self.layers = capacity, dynamic, {}
-        self.width, self.columns = 0, None
+    def __init__(self, rows, capacity, device):
+        self.owner = torch.full((rows, capacity), -2, device=device)
+        self.layers, self.width, self.fixed, self.columns = {}, 0, False, None
 
     def update(self, keys, values, layer, *_, **__):
         if layer not in self.layers:
-            B, heads, _, dim = keys.shape
-            self.layers[layer] = [x.new_zeros(B, heads, self.capacity, x.shape[-1]) for x in (keys, values)]
+            capacity = self.owner.shape[1]
+            self.layers[layer] = [x.new_zeros(*x.shape[:2], capacity, x.shape[-1]) for x in (keys, values)]
         end = self.width + keys.shape[2]
         for buffer, new in zip(self.layers[layer], (keys, values)):
-            if self.columns is None:
-                buffer[:, :, self.width:end] = new
-            else:                                        # positions live in a tensor: the same graph serves every step
+            if self.fixed:                          # the columns are in a tensor: one graph serves every step
                 buffer.index_copy_(2, self.columns, new)
-        return [buffer[:, :, :end] if self.dynamic else buffer for buffer in self.layers[layer]]
+            else:
+                buffer[:, :, self.width:end] = new
+        return [buffer if self.fixed else buffer[:, :, :end] for buffer in self.layers[layer]]
 
     def get_seq_length(self, layer=0):
         return self.width
 
     def select(self, rows):
+        self.owner = self.owner[rows]
         for layer, buffers in self.layers.items():
             self.layers[layer] = [buffer[rows] for buffer in buffers]
 
 
 @dataclass
 class Rollout:
-    """tokens (B, G, T) right-padded with 0, lengths (B, G) with the end token, logps (B, G, T) fp32 as sampled,
+    """tokens (B, G, T) right-padded with 0, lengths (B, G) with the end token, logps (B, G, T) as sampled,
     truncated (B, G) bool. `fed`: how many token positions went through the model, the prompts' included."""
     tokens: torch.Tensor
     lengths: torch.Tensor
@@ -118,12 +188,13 @@ class Rollout:
     fed: int = 0
 
     def select(self, rows):
-        return Rollout(self.tokens[rows], self.lengths[rows], self.logps[rows], self.truncated[rows], self.fed)
+        parts = (x[rows] for x in (self.tokens, self.lengths, self.logps, self.truncated))
+        return Rollout(*parts, self.fed)
 
 
 def _pick(logits, uniform, temperature, greedy):
-    """logits (N, V), uniform (N,) -> (token (N,), its log-probability (N,)), in fp32. Sampling inverts the cumulative
-    distribution at `uniform`, so a row's draw does not depend on which other rows are still there."""
+    """logits (N, V), uniform (N,) -> (token (N,), its log-probability (N,)), in fp32. Sampling inverts the
+    cumulative distribution at `uniform`: a row's draw does not depend on which other rows are still there."""
     logps = F.log_softmax(logits.float() / temperature, dim=-1)
     if greedy:
         token = logits.argmax(-1)
@@ -135,105 +206,124 @@ def _pick(logits, uniform, temperature, greedy):
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
-@torch.no_grad()
-def rollout(model, prompts, n, max_new_tokens, temperature=1.0, greedy=False, eos_ids=(), generator=None, static=None):
-    """Sample n completions of each prompt (lists of token ids). The prompts are prefilled once; a decoding step feeds
-    (B, A) tokens, one per unfinished completion, into the cache that the group shares. Finished ones leave.
+def _hidden(model, tokens, position, mask, cache):
+    return model.get_decoder()(input_ids=tokens, attention_mask=mask, position_ids=position,
+                               past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
-    static (default: on CUDA): fixed shapes, one CUDA graph for all steps; nobody leaves until all are finished.
-    Returns a Rollout; a pure function of weights, arguments and the generator's state.
-    """
-    if not prompts or min(map(len, prompts)) == 0:
-        raise ValueError("rollout needs at least one prompt, and no empty one")
-    device, decoder, head = model.device, model.get_decoder(), model.get_output_embeddings()
-    static = device.type == "cuda" if static is None else static
-    B, P = len(prompts), max(map(len, prompts))
-    uniform = torch.rand(B, n, max_new_tokens, generator=generator, device=generator.device if generator else device)
-    uniform, stop = uniform.to(device), torch.tensor(list(eos_ids), device=device, dtype=torch.long)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens = torch.tensor([list(p) + [0] * (P - len(p)) for p in prompts], device=device)
-    owner = torch.full((B, P + max_new_tokens * n), -2, device=device)
-    owner[:, :P] = torch.where(torch.arange(P, device=device) < lengths[:, None], -1, -2)
-    cache = SharedCache(P + max_new_tokens * n, dynamic=True)
-    # Padding sees the prompt too: a query that sees nothing would be NaN, and 0 x NaN is NaN for everybody else.
-    mask = (owner[:, None, None, :P] == -1) & torch.ones(P, P, dtype=torch.bool, device=device).tril()
-    hidden = decoder(input_ids=tokens, attention_mask=mask, position_ids=torch.arange(P, device=device)[None].expand(B, P),
-                     past_key_values=cache, use_cache=True).last_hidden_state
+
+def _prefill(model, prompts, capacity):
+    """Run the right-padded prompts once -> (cache, lengths (B,), logits (B, V) after each last token)."""
+    tokens, real, lengths = _right_padded(prompts, model.device)
+    B, P = tokens.shape
+    cache = SharedCache(B, P + capacity, model.device)
+    cache.owner[:, :P] = torch.where(real, -1, -2)
+    mask = block_mask(cache.owner[:, :P], cache.owner[:, :P], causal=True)
+    hidden = _hidden(model, tokens, torch.arange(P, device=model.device).expand(B, P), mask, cache)
     cache.width = P
-    logits = head(hidden[torch.arange(B, device=device), lengths - 1])[:, None].expand(B, n, -1)      # (B, A, V)
+    last = hidden[torch.arange(B, device=model.device), lengths - 1]
+    return cache, lengths, model.get_output_embeddings()(last)
 
+
+def _step(model, cache, tokens, position, who):
+    """Feed one token to each of the A completions `who` (rows, A) of every row -> logits (rows, A, V)."""
+    end = cache.width + who.shape[1]
+    cache.owner[:, cache.width:end] = who
+    hidden = _hidden(model, tokens, position, block_mask(who, cache.owner[:, :end]), cache)
+    cache.width = end
+    return model.get_output_embeddings()(hidden)
+
+
+def _leave(cache, rows, who, tokens):
+    """Close ranks: unfinished completions move to the left, finished rows go. -> (rows, who, tokens)"""
+    count = (who >= 0).sum(1)
+    keep = count.nonzero()[:, 0]
+    slots = (who[keep] < 0).int().argsort(dim=1, stable=True)[:, :int(count.max())]
+    if len(keep) < len(rows):
+        cache.select(keep)
+    return rows[keep], who[keep].gather(1, slots), tokens[keep].gather(1, slots)
+
+
+@torch.no_grad()
+def rollout(model, prompts, n, max_new_tokens, temperature=1.0, greedy=False, eos_ids=(), generator=None,
+            static=None):
+    """Sample n completions of each prompt (lists of token ids). The prompts are prefilled once; a decoding
+    step feeds (rows, A) tokens, one per unfinished completion, into the cache the group shares. Finished ones
+    leave. static (default: on CUDA): fixed shapes, one CUDA graph for all steps; nobody leaves early.
+
+    Returns a Rollout; a pure function of weights, arguments and the generator's state. Raises UserError when
+    the texts would be longer than the model has positions.
+    """
+    if not prompts or min(map(len, prompts)) == 0 or n < 1 or max_new_tokens < 1:
+        raise ValueError("rollout needs at least one prompt, completion and token, and no empty prompt")
+    device, B, P = model.device, len(prompts), max(map(len, prompts))
+    most = getattr(model.config, "max_position_embeddings", None) or P + max_new_tokens
+    if P + max_new_tokens > most:
+        raise UserError(f"--backbone: a prompt of {P} tokens and {max_new_tokens} new ones exceed its {most} "
+                        "positions; shorten the histories or take another one")
+    static = device.type == "cuda" if static is None else static
+    # All noise first, one number for each token that may come: who else is still there changes nobody's draw.
+    source = generator.device if generator else device
+    uniform = torch.rand(B, n, max_new_tokens, generator=generator, device=source).to(device)
+    stop = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
+    cache, lengths, logits = _prefill(model, prompts, max_new_tokens * n)
+    step = _StaticStep(model, cache, B, n) if static else functools.partial(_step, model, cache)
+    logits = logits[:, None].expand(B, n, -1)
     out = Rollout(torch.zeros(B, n, max_new_tokens, dtype=torch.long, device=device),
                   torch.zeros(B, n, dtype=torch.long, device=device),
                   torch.zeros(B, n, max_new_tokens, device=device),
                   torch.ones(B, n, dtype=torch.bool, device=device), fed=B * P)
-    rows = torch.arange(B, device=device)                                 # which prompt each remaining row is
-    who = torch.arange(n, device=device).expand(B, n).contiguous()        # (rows, A) completion in each slot, -3 = empty
-    graph = _StaticStep(model, cache, owner, n) if static else None
+    rows = torch.arange(B, device=device)                             # which prompt each remaining row is
+    who = torch.arange(n, device=device).repeat(B, 1)                 # (rows, A) whose slot it is, -3: none
     for t in range(max_new_tokens):
         b, a = (who >= 0).nonzero(as_tuple=True)
-        g = who[b, a]
-        token, logp = _pick(logits[b, a], uniform[rows[b], g, t], temperature, greedy)
-        out.tokens[rows[b], g, t], out.logps[rows[b], g, t] = token, logp
-        out.lengths[rows[b], g] = t + 1
+        r, g = rows[b], who[b, a]
+        token, logp = _pick(logits[b, a], uniform[r, g, t], temperature, greedy)
         ended = torch.isin(token, stop)
-        out.truncated[rows[b], g] = ~ended
-        if t + 1 == max_new_tokens or bool(ended.all()):
+        out.tokens[r, g, t], out.logps[r, g, t] = token, logp
+        out.lengths[r, g], out.truncated[r, g] = t + 1, ~ended
+        some, everyone = torch.stack([ended.any(), ended.all()]).tolist()
+        if everyone or t + 1 == max_new_tokens:
             break
         fed = torch.zeros_like(who)
         fed[b, a] = token
-        if bool(ended.any()):
+        if some:
             who[b[ended], a[ended]] = -3
-            if not static:                                                # close ranks: fewer slots, fewer rows
-                count = (who >= 0).sum(1)
-                keep = count.nonzero()[:, 0]
-                slots = (who[keep] < 0).int().argsort(dim=1, stable=True)[:, :int(count.max())]
-                who, fed = who[keep].gather(1, slots), fed[keep].gather(1, slots)
-                if len(keep) < len(rows):
-                    rows, owner = rows[keep], owner[keep]
-                    cache.select(keep)
-        position = (lengths[rows] + t)[:, None].expand_as(who)
-        end = cache.width + who.shape[1]
-        owner[:, cache.width:end] = who
+            if not static:
+                rows, who, fed = _leave(cache, rows, who, fed)
         out.fed += who.numel()
-        if static:
-            logits = graph(fed, position, who)
-        else:
-            seen = (owner[:, None, :end] == -1) | (owner[:, None, :end] == who[:, :, None])           # (rows, A, end)
-            hidden = decoder(input_ids=fed, attention_mask=seen[:, None], position_ids=position,
-                             past_key_values=cache, use_cache=True).last_hidden_state
-            logits = head(hidden)
-        cache.width = end
-    longest = int(out.lengths.max())
-    return Rollout(out.tokens[..., :longest], out.lengths, out.logps[..., :longest], out.truncated, out.fed)
+        logits = step(fed, (lengths[rows] + t)[:, None].expand_as(who), who)
+    T = int(out.lengths.max())
+    return Rollout(out.tokens[..., :T], out.lengths, out.logps[..., :T], out.truncated, out.fed)
 
 
 class _StaticStep:
-    """One decoding step at fixed shapes and addresses; on CUDA it is captured once as a graph and replayed."""
+    """`_step` at fixed shapes and addresses; on CUDA it is captured once as a graph and replayed."""
 
-    def __init__(self, model, cache, owner, n):
-        B, S, device = *owner.shape, owner.device
-        self.decoder, self.head, self.cache, self.owner = model.get_decoder(), model.get_output_embeddings(), cache, owner
-        cache.dynamic = False
-        self.fed, self.position = (torch.zeros(B, n, dtype=torch.long, device=device) for _ in range(2))
-        self.mask = torch.zeros(B, 1, n, S, dtype=torch.bool, device=device)
-        self.columns, self.graph, self.logits = torch.zeros(n, dtype=torch.long, device=device), None, None
+    def __init__(self, model, cache, B, n):
+        self.model, self.cache, device = model, cache, model.device
+        self.tokens, self.position = (torch.zeros(B, n, dtype=torch.long, device=device) for _ in range(2))
+        self.mask = torch.zeros(B, 1, n, cache.owner.shape[1], dtype=torch.bool, device=device)
+        cache.fixed, cache.columns = True, torch.zeros(n, dtype=torch.long, device=device)
+        self.graph, self.logits = None, None
 
     def forward(self):
-        self.cache.columns = self.columns
-        return self.head(self.decoder(input_ids=self.fed, attention_mask=self.mask, position_ids=self.position,
-                                      past_key_values=self.cache, use_cache=True).last_hidden_state)
+        hidden = _hidden(self.model, self.tokens, self.position, self.mask, self.cache)
+        return self.model.get_output_embeddings()(hidden)
 
-    def __call__(self, fed, position, who):
-        self.fed.copy_(fed)
+    def __call__(self, tokens, position, who):
+        cache, end = self.cache, self.cache.width + who.shape[1]
+        cache.owner[:, cache.width:end] = who
+        self.tokens.copy_(tokens)
         self.position.copy_(position)
-        self.mask.copy_(((self.owner[:, None] == -1) | (self.owner[:, None] == who[:, :, None]))[:, None])
-        self.columns.copy_(torch.arange(self.cache.width, self.cache.width + fed.shape[1], device=fed.device))
-        if fed.device.type != "cuda":
+        self.mask.copy_(block_mask(who, cache.owner))
+        cache.columns.copy_(torch.arange(cache.width, end, device=who.device))
+        cache.width = end
+        if who.device.type != "cuda":
             return self.forward()
         if self.graph is None:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):                                # warm-up outside the capture, as CUDA asks
+            with torch.cuda.stream(side):                        # warm-up outside the capture, as CUDA asks
                 self.forward()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
@@ -243,11 +333,11 @@ class _StaticStep:
         return self.logits
 
 
-# ------------------------------------------------------------------------------------------ log-probabilities, packed
+# ---------------------------------------------------------------------------------- log-probabilities, packed
 @dataclass
 class Packed:
-    """Prompts with their completions in packed rows. tokens, position, owner (B, S); labels (B, G, T); valid (B, G, T)
-    bool; source (B, G, T): flat index into (B * S) of the position that predicts each completion token."""
+    """Prompts with their completions in packed rows. tokens, position, owner (B, S); labels (B, G, T); valid
+    (B, G, T) bool; source (B, G, T): flat index into (B * S) of the position that predicts each token."""
     tokens: torch.Tensor
     position: torch.Tensor
     owner: torch.Tensor
@@ -262,9 +352,11 @@ class Packed:
 def pack(prompts, completions, lengths):
     """prompts: B lists of token ids; completions (B, G, T), lengths (B, G) -> Packed.
 
-    The first token of each completion is predicted by the prompt's last position; the last token of a completion
-    predicts nothing and is left out.
+    The first token of each completion is predicted by the prompt's last position; the last token of a
+    completion predicts nothing and is left out.
     """
+    if min(map(len, prompts)) == 0:
+        raise ValueError("pack: an empty prompt cannot predict a completion's first token")
     B, G, T = completions.shape
     completions, lengths = completions.cpu(), lengths.cpu()
     size = [len(p) + int((lengths[b] - 1).clamp(min=0).sum()) for b, p in enumerate(prompts)]
@@ -289,24 +381,26 @@ def pack(prompts, completions, lengths):
 class _ChunkedLogp(torch.autograd.Function):
     """log softmax(h W^T / temperature)[label], a few rows at a time: no (N, V) tensor in either direction.
 
-    The gradient of a row's log-probability, (W[label] - softmax W) / temperature, is found in the forward pass while
-    its softmax is at hand; the backward pass only scales it. Exact, and the head is computed once.
+    The gradient of a row's log-probability, (W[label] - softmax W) / temperature, is found in the forward
+    pass while its softmax is at hand; the backward pass only scales it. Exact, and the head is computed once.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, temperature):
-        rows = max(16, 2**24 // weight.shape[0])
-        logps, entropy = hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(len(hidden), dtype=torch.float32)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            raise ValueError("the output head must be frozen: chunked log-probabilities give it no gradient")
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        logps, entropy = (torch.empty(len(hidden), dtype=precise, device=hidden.device) for _ in range(2))
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for s in range(0, len(hidden), rows):
-            h, y = hidden[s:s + rows], labels[s:s + rows]
-            z = F.linear(h, weight, bias).float() / temperature
-            lse = torch.logsumexp(z, -1)
-            logps[s:s + rows] = z.gather(1, y[:, None])[:, 0] - lse
-            p = torch.exp(z - lse[:, None])
-            entropy[s:s + rows] = lse - (p * z).sum(-1)
-            if slope is not None:
-                slope[s:s + rows] = (weight[y].float() - (p.to(weight.dtype) @ weight).float()).to(h.dtype) / temperature
+        for part in _chunks(len(hidden), weight):
+            h, y = hidden[part], labels[part, None]
+            logp = F.log_softmax(F.linear(h, weight, bias).to(precise) / temperature, -1)         # (rows, V)
+            logps[part] = logp.gather(1, y)[:, 0]
+            p = logp.exp()
+            entropy[part] = -(p * logp).sum(-1)
+            if slope is not None:                # p - 1 before rounding to bf16: near p = 1 it would be noise
+                p.scatter_add_(1, y, torch.full_like(logps[part, None], -1))
+                slope[part] = (p.to(weight.dtype) @ weight) / -temperature
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
@@ -317,22 +411,24 @@ class _ChunkedLogp(torch.autograd.Function):
         return (grad[:, None] * slope).to(slope.dtype), None, None, None, None
 
 
+def _chunks(n, weight):
+    """Slices of n rows, such that rows x vocabulary is about 2**24 numbers (64 MiB in fp32)."""
+    rows = max(16, 2**24 // weight.shape[0])
+    return [slice(k, min(k + rows, n)) for k in range(0, n, rows)]
+
+
 @dataclass
 class Scored:
-    """logps, entropy (B, G, T) fp32, 0 beyond each completion; hidden (N, D) of the valid positions if asked for."""
+    """logps, entropy (B, G, T) fp32, 0 beyond each completion; hidden (N, D) at valid positions."""
     logps: torch.Tensor
     entropy: torch.Tensor
     hidden: torch.Tensor | None = None
 
 
 def packed_hidden(model, packed):
-    """Last hidden states that predict the completion tokens, (N, D), in the order of packed.valid's True entries."""
-    owner = packed.owner
-    S = owner.shape[1]
-    seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])             # (B, S, S)
-    seen &= torch.ones(S, S, dtype=torch.bool, device=owner.device).tril()
-    hidden = model.get_decoder()(input_ids=packed.tokens, attention_mask=seen[:, None], position_ids=packed.position,
-                                 use_cache=False).last_hidden_state
+    """Hidden states that predict the completion tokens (N, D), in the order of packed.valid's True ones."""
+    mask = block_mask(packed.owner, packed.owner, causal=True)
+    hidden = _hidden(model, packed.tokens, packed.position, mask, None)
     return hidden.reshape(-1, hidden.shape[-1])[packed.source[packed.valid]]
 
 
@@ -342,43 +438,52 @@ def completion_logps(model, packed, temperature=1.0, hidden=False):
     h = packed_hidden(model, packed)
     logps, entropy = _ChunkedLogp.apply(h, head.weight, head.bias, packed.labels[packed.valid], temperature)
     shape = packed.valid.shape
-    return Scored(torch.zeros(shape, device=h.device).masked_scatter(packed.valid, logps),
-                  torch.zeros(shape, device=h.device).masked_scatter(packed.valid, entropy), h if hidden else None)
+    return Scored(logps.new_zeros(shape).masked_scatter(packed.valid, logps),
+                  entropy.new_zeros(shape).masked_scatter(packed.valid, entropy), h if hidden else None)
 
 
 def exact_kl(model, packed, hidden, ref_hidden, temperature=1.0):
-    """KL(pi || ref) over the whole vocabulary at each completion position, (B, G, T), in chunks, differentiable."""
+    """KL(pi || ref) over the whole vocabulary at each completion position -> (B, G, T); hidden and ref_hidden
+    (N, D) as `completion_logps` gives them. In chunks, which the backward pass computes again."""
     head = model.get_output_embeddings()
 
     def part(h, r):
         p = F.log_softmax(head(h).float() / temperature, -1)
         q = F.log_softmax(head(r).float() / temperature, -1)
         return (p.exp() * (p - q)).sum(-1)
-    rows = max(16, 2**24 // head.weight.shape[0])
-    parts = [checkpoint(part, hidden[s:s + rows], ref_hidden[s:s + rows], use_reentrant=False)
-             for s in range(0, len(hidden), rows)]
-    return torch.zeros(packed.valid.shape, device=hidden.device).masked_scatter(packed.valid, torch.cat(parts))
+    parts = [checkpoint(part, hidden[rows], ref_hidden[rows], use_reentrant=False)
+             for rows in _chunks(len(hidden), head.weight)]
+    kl = torch.cat(parts)
+    return kl.new_zeros(packed.valid.shape).masked_scatter(packed.valid, kl)
 
 
-# --------------------------------------------------------------------------------------------------- encode and score
+# ------------------------------------------------------------------------------------------- encode and score
 def _right_padded(batch, device):
+    """Lists of token ids -> tokens (B, T), mask (B, T) bool, lengths (B,)."""
     lengths = torch.tensor([len(x) for x in batch], device=device)
-    tokens = torch.tensor([list(x) + [0] * (int(lengths.max()) - len(x)) for x in batch], device=device)
-    return tokens, (torch.arange(tokens.shape[1], device=device) < lengths[:, None]), lengths
+    T = max(map(len, batch))
+    tokens = torch.tensor([list(x) + [0] * (T - len(x)) for x in batch], device=device)
+    return tokens, torch.arange(T, device=device) < lengths[:, None], lengths
+
+
+def _plain_hidden(model, tokens, mask):
+    """Last hidden states (B, T, D) of right-padded rows: a causal model never sees padding on its right."""
+    mask = mask.long()
+    return model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
 def encode(model, tokenizer, texts, batch_size=64, max_tokens=256, desc=None):
-    """Mean of the last hidden layer over a text's tokens -> (N, D) fp32 on the model's device. An empty text is the
-    end token alone. Independent of padding: a padded position is neither seen nor averaged."""
+    """Mean of the last hidden layer over a text's tokens -> (N, D) fp32 on the model's device. An empty text
+    is the end token alone. Independent of padding: a padded position is neither seen nor averaged."""
     empty = [(eos_ids(model, tokenizer) or [0])[0]]
-    ids = [tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"][:max_tokens] or empty for t in texts]
+    ids = [plain_ids(tokenizer, t)[:max_tokens] or empty for t in texts]
     order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
     vectors = torch.zeros(len(ids), model.config.hidden_size, device=model.device)
     for start in progress(range(0, len(ids), batch_size), desc, -(-len(ids) // batch_size)):
         part = order[start:start + batch_size]
         tokens, mask, _ = _right_padded([ids[k] for k in part], model.device)
-        hidden = model.get_decoder()(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        hidden = _plain_hidden(model, tokens, mask)
         vectors[part] = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     return vectors
 
@@ -386,6 +491,8 @@ def encode(model, tokenizer, texts, batch_size=64, max_tokens=256, desc=None):
 def next_token_logits(model, prompts, ids):
     """Logits of a few tokens (such as Yes and No) right after each prompt: (B, len(ids)) fp32."""
     tokens, mask, lengths = _right_padded(prompts, model.device)
-    hidden = model.get_decoder()(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    hidden = _plain_hidden(model, tokens, mask)
     last = hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
-    return (last.float() @ model.get_output_embeddings().weight[ids].float().T)
+    bias = None if head.bias is None else head.bias[ids].float()
+    return F.linear(last.float(), head.weight[ids].float(), bias)

@@ -86,6 +86,7 @@ def theirs(vocab, length, folder):
                           for c in completions], args=config, train_dataset=Dataset.from_list(rows), processing_class=words,
                           peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     trainer.create_optimizer_and_scheduler(10**6)
+    trainer.current_gradient_accumulation_steps = 1          # what Trainer.train would set
     batches = iter(trainer.get_train_dataloader())
 
     def step(k):
