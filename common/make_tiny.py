@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from common import toy
-from common.prompts import LETTERS, candidate_lines, history_lines, item_line
+from common.prompts import LETTERS, candidate_lines, history_lines, item_line, lettered
 from common.run import progress
 
 # This tool looks at the scripts for one thing: the prompts they use.
@@ -101,8 +101,8 @@ def both(names):
     return ", ".join(names)
 
 
-def thought(ranked, looked_for, letter):
-    return f"<think>They often pick {both(ranked[:2])}. I look for {both(looked_for)}: {letter}.</think>"
+def thought(ranked, line):
+    return f"<think>They often pick {both(ranked[:2])}. I look for {line}.</think>"
 
 
 def pattern_text(ranked):
@@ -122,9 +122,9 @@ def reason_text(rng, attributes, ranked):
             f"They enjoy {a}, and here it comes with {b}.", f"The mix of {a}, {b}, fits well.")[rng.integers(4)]
 
 
-SKILLS = ("align", "pattern", "reason", "which", "find", "share", "describe", "category", "yesno")
-EARLY = (0.08, 0.04, 0.04, 0.16, 0.56, 0.06, 0.00, 0.02, 0.04)      # first find things, in short lists
-LATE = (0.30, 0.16, 0.14, 0.12, 0.10, 0.06, 0.04, 0.04, 0.04)       # then the formats that the scripts use
+SKILLS = ("align", "pattern", "reason", "which", "copy", "share", "describe", "category", "yesno")
+EARLY = (0.12, 0.06, 0.04, 0.20, 0.40, 0.12, 0.00, 0.02, 0.04)      # first look things up and copy them
+LATE = (0.32, 0.18, 0.14, 0.12, 0.04, 0.08, 0.04, 0.04, 0.04)       # then the formats that the scripts use
 
 
 def sample(rng, world, stage=1.0):
@@ -140,9 +140,9 @@ def sample(rng, world, stage=1.0):
     attributes = c.attributes[candidates[pick]]
     looked_for = [str(a) for a in rng.permutation(attributes)][:rng.integers(1, 3)]
     skill = rng.choice(SKILLS, p=(1 - stage) * np.array(EARLY) + stage * np.array(LATE))
+    quoted = lettered(lines[pick], pick)
     if skill == "align":                                  # the answer is random: a format, and no knowledge of users
-        return skill, align_prompt(history, lines), (f"{thought(ranked, looked_for, LETTERS[pick])}\n"
-                                                        f"<answer>{LETTERS[pick]}</answer>")
+        return skill, align_prompt(history, lines), f"{thought(ranked, quoted)}\n<answer>{LETTERS[pick]}</answer>"
     if skill == "pattern":
         return skill, pattern_prompt(history), pattern_text(ranked)
     if skill == "reason":
@@ -150,17 +150,12 @@ def sample(rng, world, stage=1.0):
     if skill == "which":                                  # exactly one candidate has all that is looked for
         keep = [k for k in range(size) if k == pick or not all(a in c.attributes[candidates[k]] for a in looked_for)]
         lines, pick = [lines[k] for k in keep], keep.index(pick)
-        return (skill, f"Which of these is about {both(looked_for)}?\n{candidate_lines(lines)}",
-                f"<think>I look for {both(looked_for)}: {LETTERS[pick]}.</think>\n<answer>{LETTERS[pick]}</answer>")
-    if skill == "find":                                   # many look-ups in one answer: attributes that one line has
-        where = {}
-        for k, i in enumerate(candidates):
-            for a in c.attributes[i]:
-                where.setdefault(a, []).append(LETTERS[k])
-        asked = [a for a in where if len(where[a]) == 1] or list(where)[:1]
-        asked = [str(a) for a in rng.choice(asked, 12)]   # drawn with repetition, so that counting letters is no help
-        return (skill, f"{candidate_lines(lines)}\nWhich letter has which?",
-                ", ".join(f"{a}: {where[a][0]}" for a in asked) + ".")
+        return (skill, f"{candidate_lines(lines)}\nWhich of these is about {both(looked_for)}?",
+                f"<think>I look for {lettered(lines[pick], pick)}.</think>\n<answer>{LETTERS[pick]}</answer>")
+    if skill == "copy":
+        some = rng.permutation(size)[:3]
+        return (skill, f"{candidate_lines(lines)}\nWrite some of these again.",
+                "\n".join(lettered(lines[k], k) for k in some))
     if skill == "share":
         return skill, f"What do most of these titles have in common?\n{history_lines(history)}", f"{ranked[0]}"
     if skill == "describe":
@@ -222,7 +217,7 @@ def batches(tokenizer, seed, size, world, stage):
     rng = np.random.default_rng([seed, 2])
     head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)))
-    opening = torch.tensor(tokenizer.convert_tokens_to_ids([":Ġ", ">"]))
+    opening = torch.tensor(tokenizer.convert_tokens_to_ids(["[", ">"]))
     while True:
         texts = [sample(rng, world, stage())[1:] for _ in range(4 * size)]
         prompts = tokenizer([head + p + tail for p, _ in texts])["input_ids"]
@@ -257,7 +252,7 @@ def skills(model, tokenizer, world, seed=10**6, n=1024):
                       eos_ids=eos_ids(model, tokenizer), generator=torch.Generator(device).manual_seed(0))
         for (skill, _, answer), tokens, length in zip(part, out.tokens[:, 0], out.lengths[:, 0]):
             text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-            if skill in ("align", "reason", "describe"):
+            if skill in ("align", "reason", "describe", "copy"):
                 continue                                       # many right answers: judged where they are used
             if skill == "pattern":                             # the two most frequent attributes, in any order
                 said = [set(x.removeprefix("This user often picks ").split("; ")[0].rstrip(".").split(", "))
@@ -281,7 +276,7 @@ Exact match on {n:,} fresh prompts (random catalogues and the toy world's), gree
 | --- | --- |
 {rows}
 
-`find`: the letters of the lines that have given attributes (the rate counts letters). `which`: the only candidate with the attributes asked for. `pattern`: the two most frequent attributes of a
+`which`: quote the only candidate with the attributes asked for and give its letter. `pattern`: the two most frequent attributes of a
 history of 1-10 titles (ties make 1.0 impossible). `share`: the most frequent one. `category`: recall or read an
 item's categories. `yesno`: is title X about Y.
 """

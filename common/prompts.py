@@ -10,10 +10,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def item_line(title, categories, limit=80):
-    """`The Silent Harbor (mystery, ocean)`: title, then at most 4 categories. Line breaks and length are tamed."""
-    title = re.sub(r"\s+", " ", title).strip()
+    """`mystery, ocean: The Silent Harbor`: at most 4 categories, then the title on one line, shortened, `<` and `>`
+    replaced: whoever quotes it cannot write a tag by accident."""
+    title = re.sub(r"\s+", " ", title).strip().replace("<", "‹").replace(">", "›")
     title = title if len(title) <= limit else title[:limit - 1].rstrip() + "…"
-    return f"{title} ({', '.join(categories[:4])})" if categories else title
+    return f"{', '.join(categories[:4])}: {title}" if categories else title
 
 
 def history_lines(lines):
@@ -21,6 +22,11 @@ def history_lines(lines):
     return "\n".join(f"- {line}" for line in lines) if lines else "- (nothing yet)"
 
 
+def lettered(line, k):
+    return f"{line} [{LETTERS[k]}]"
+
+
 def candidate_lines(lines):
-    """One `A. line` per candidate, at most 26."""
-    return "\n".join(f"{LETTERS[k]}. {line}" for k, line in enumerate(lines))
+    """One `line [A]` per candidate, at most 26. What a reader looks for comes first and the letter last, so that
+    quoting the line from left to right finds the letter."""
+    return "\n".join(lettered(line, k) for k, line in enumerate(lines))
