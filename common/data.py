@@ -689,7 +689,6 @@ def sample_users(data, n, seed):
     return keep(data, np.isin(data.user, chosen), f"{n} users, seed {seed}")
 
 
-filter_users, subset_users = min_interactions, sample_users
 
 
 def places(user):

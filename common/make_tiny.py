@@ -198,14 +198,29 @@ def make_tokenizer(rng, world, vocab_size=2048):
     return fast
 
 
-def make_model(tokenizer, seed, hidden=128, layers=4):
+def make_model(tokenizer, seed, hidden=128, layers=4, head_dim=32):
+    """A random Qwen2 whose first layer has two heads that look one and two tokens back.
+
+    Looking back is the first half of looking things up (the second is to compare); from random weights a small model
+    needs millions of texts to find it. Qwen2's query and key biases can say it: with k = (A, 0) and q = A (cos w, -sin w)
+    per frequency w of the rotary embedding, the score of distance d is A^2 sum cos(w (d - 1)): a peak at d = 1.
+    """
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(
+    heads = hidden // head_dim
+    model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=2048,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
         tie_word_embeddings=True, rope_theta=10_000.0, bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>")))
+    attention, half = model.model.layers[0].self_attn, head_dim // 2
+    w = 10_000.0 ** (-torch.arange(half) / half)
+    with torch.no_grad():
+        for head, back in ((0, 1), (1, 2)):
+            part = slice(head * head_dim, (head + 1) * head_dim)
+            attention.k_proj.bias[part] = 6 * torch.cat([torch.ones(half), torch.zeros(half)])
+            attention.q_proj.bias[part] = 6 * torch.cat([torch.cos(back * w), -torch.sin(back * w)])
+    return model
 
 
 def batches(tokenizer, seed, size, world, stage):

@@ -589,7 +589,7 @@ def test_every_named_source_is_an_https_address_with_its_checksum_or_a_gzip_crc(
 # ---------------------------------------------------------------------------------------------------- filters
 def test_filters_keep_the_ids_contiguous_and_change_the_fingerprint():
     d = logs((0, 0), (0, 1), (1, 1), (2, 3), (2, 1), (0, 3), n_items=5)
-    few = datasets.filter_users(d, 2)
+    few = datasets.min_interactions(d, 2)
     assert (
         few.users == ["u0", "u2"]
         and few.items == ["i0", "i1", "i3"]
@@ -607,9 +607,9 @@ def test_filters_keep_the_ids_contiguous_and_change_the_fingerprint():
                     d,
                     few,
                     core,
-                    datasets.filter_users(d, 3),
-                    datasets.subset_users(d, 2, 0),
-                    datasets.subset_users(d, 2, 1),
+                    datasets.min_interactions(d, 3),
+                    datasets.sample_users(d, 2, 0),
+                    datasets.sample_users(d, 2, 1),
                 )
             }
         )
@@ -627,12 +627,12 @@ def test_k_core_repeats_until_nothing_more_falls():
 
 def test_a_sample_of_users_is_seeded_and_keeps_whole_histories():
     d = random_logs(2)
-    a, b, c = (datasets.subset_users(d, 10, seed) for seed in (0, 0, 1))
-    assert a.users == b.users != c.users and len(a.users) == 10 and datasets.subset_users(d, 99, 0) is d
+    a, b, c = (datasets.sample_users(d, 10, seed) for seed in (0, 0, 1))
+    assert a.users == b.users != c.users and len(a.users) == 10 and datasets.sample_users(d, 99, 0) is d
     for uid, raw in enumerate(a.users):
         assert (a.user == uid).sum() == (d.user == d.users.index(raw)).sum()
     with pytest.raises(UserError):
-        datasets.subset_users(d, -5, 0)
+        datasets.sample_users(d, -5, 0)
 
 
 # ----------------------------------------------------------------------------------------------------- splits
@@ -780,7 +780,7 @@ def test_real_ml_1m_filters_splits_and_negatives():
         "age",
         "occupation",
     }
-    frequent = datasets.filter_users(d, 30)
+    frequent = datasets.min_interactions(d, 30)
     assert sizes(frequent) == (5289, 3701, 982040)
     split = datasets.split_last_two(d)
     assert [len(p) for p in split] == [1000209 - 2 * 6040, 6040, 6040]
