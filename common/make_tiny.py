@@ -13,15 +13,16 @@ import argparse
 import json
 import math
 import os
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from common import toy
 from common.prompts import LETTERS, candidate_lines, history_lines, item_line, lettered
@@ -30,6 +31,7 @@ from common.run import progress
 # This tool looks at the scripts for one thing: the prompts they use.
 from curec import align_prompt, pattern_prompt, reason_prompt
 
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 ATTRIBUTES = """action adventure animation children comedy crime documentary drama fantasy noir horror musical mystery
@@ -96,8 +98,7 @@ class Catalogue:
 
 
 def both(names):
-    """`mystery, ocean`. Attributes are always followed by punctuation, in lists and in sentences: then each is the same
-    token everywhere (see make_tokenizer), and a small model can look it up."""
+    """`mystery, ocean`. A space stands before every attribute (see make_tokenizer)."""
     return ", ".join(names)
 
 
@@ -155,39 +156,39 @@ def sample(rng, world, stage=1.0):
     if skill == "copy":
         some = rng.permutation(size)[:3]
         return (skill, f"{candidate_lines(lines)}\nWrite some of these again.",
-                "\n".join(lettered(lines[k], k) for k in some))
+                "\n".join(f"- {lettered(lines[k], k)}" for k in some))
     if skill == "share":
-        return skill, f"What do most of these titles have in common?\n{history_lines(history)}", f"{ranked[0]}"
+        return skill, f"What do most of these titles have in common?\n{history_lines(history)}", f"They have {ranked[0]}."
     if skill == "describe":
         if c.texts is None:
-            return skill, f"Write one sentence about {lines[pick]}.", f"A story of {both(attributes[:2])}."
-        return skill, f"Write one sentence about {lines[pick]}.", c.texts[candidates[pick]]
+            return skill, f"- {lines[pick]}\nWrite one sentence about it.", f"A story of {both(attributes[:2])}."
+        return skill, f"- {lines[pick]}\nWrite one sentence about it.", c.texts[candidates[pick]]
     if skill == "category":
         if c.texts is None:
-            return skill, f"{lines[pick]}\nName its first category.", attributes[0]
-        return skill, f"Name the categories of {c.titles[candidates[pick]]}.", ", ".join(attributes)
+            return skill, f"- {lines[pick]}\nName its categories.", f"It has {', '.join(attributes)}."
+        return skill, f"Name the categories of {c.titles[candidates[pick]]}.", f"It has {', '.join(attributes)}."
     other = c.attributes[candidates[(pick + 1) % size]]
     asked = str(rng.choice(attributes if rng.random() < 0.5 else other))
-    return skill, f"Is {lines[pick]} about {asked}? Answer Yes or No.", "Yes" if asked in attributes else "No"
+    return skill, f"- {lines[pick]}\nIs it about {asked}? Answer Yes or No.", "Yes" if asked in attributes else "No"
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer and model
 def make_tokenizer(rng, world, vocab_size=2048):
-    """Byte-level BPE (nothing is unknown to it) trained on generated text; Qwen's control tokens and chat format.
+    """Byte-level BPE (nothing is unknown to it) trained on generated text, with Qwen2's own way of cutting words.
 
-    A space belongs to the word or mark before it, not to the word after it as usual: `(ocean, war)` and `pick war.`
-    then hold the same token for `war`.
+    A word takes the space before it along: ` war` and `war` are different tokens. The texts here therefore put a space
+    before every attribute, in lists and in sentences, so that each is the same token everywhere and can be looked up.
     """
     def corpus():
         for _ in range(12_000):
             _, prompt, completion = sample(rng, world)
             yield prompt + "\n" + completion
         for a in ATTRIBUTES * 20:
-            yield f"({a}, {a.capitalize()})"
+            yield f"- {a}, {a.capitalize()}"
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{L}+ ?|\p{N}{1,4} ?|[^\s\p{L}\p{N}]+ ?|\s+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
@@ -195,7 +196,13 @@ def make_tokenizer(rng, world, vocab_size=2048):
         show_progress=False))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
-    return fast
+    with tempfile.TemporaryDirectory() as folder:                 # train with exactly what users will load
+        fast.save_pretrained(folder)
+        Qwen2Config().save_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder)
+    probe = "- war, Film-Noir: The Silent Harbor (1995) [B]\n<answer>B</answer> 42 naïve"
+    assert loaded(probe)["input_ids"] == fast(probe)["input_ids"], "the tokenizer changes when it is saved and loaded"
+    return loaded
 
 
 def make_model(tokenizer, seed, hidden=128, layers=4, head_dim=32):
@@ -231,8 +238,7 @@ def batches(tokenizer, seed, size, world, stage):
     """
     rng = np.random.default_rng([seed, 2])
     head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-    letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)))
-    opening = torch.tensor(tokenizer.convert_tokens_to_ids(["[", ">"]))
+    letters = torch.tensor(tokenizer.convert_tokens_to_ids([mark + c for mark in ("", ">") for c in LETTERS[:8]]))
     while True:
         texts = [sample(rng, world, stage())[1:] for _ in range(4 * size)]
         prompts = tokenizer([head + p + tail for p, _ in texts])["input_ids"]
@@ -246,8 +252,7 @@ def batches(tokenizer, seed, size, world, stage):
             for b, (p, a) in enumerate(part):
                 tokens[b, :len(p) + len(a)] = torch.tensor(p + a)
                 labels[b, len(p):len(p) + len(a)] = torch.tensor(a)
-                letter = torch.isin(labels[b], letters) & torch.isin(tokens[b].roll(1), opening)
-                weights[b, letter] = 5.0
+                weights[b, torch.isin(labels[b], letters)] = 5.0
             yield tokens, labels, weights
 
 
