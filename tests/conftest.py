@@ -1,4 +1,6 @@
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -9,4 +11,5 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LLMREC_CACHE"] = tempfile.mkdtemp(prefix="llmrec-test-cache-")
+atexit.register(shutil.rmtree, os.environ["LLMREC_CACHE"], ignore_errors=True)
 torch.set_num_threads(2)

@@ -50,7 +50,7 @@ def test_uauc_weighs_users_or_impressions():
 def test_auc_log_loss_and_calibration_agree_with_scikit_learn():
     sk = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
-    label, logit = rng.integers(0, 2, 500), np.round(rng.normal(size=500), 1)
+    label, logit = rng.integers(0, 2, 500), np.round(rng.normal(size=500), 1) + 0.01
     p = 1 / (1 + np.exp(-logit))
     assert metrics.auc(label, logit) == pytest.approx(sk.roc_auc_score(label, logit))
     assert metrics.log_loss(label, logit) == pytest.approx(sk.log_loss(label, p))
