@@ -31,7 +31,7 @@ $(VENV)/ready-test: requirements-dev.txt $(VENV)/ready
 
 $(VENV)/ready-bench: requirements-bench.txt $(VENV)/ready-test
 	$(VENV)/bin/python -m pip install -q -r requirements-bench.txt
-	$(VENV)/bin/python -m pip install -q --no-deps deepctr-torch==0.2.9
+	$(VENV)/bin/python -m pip install -q --no-deps deepctr-torch==0.3.0
 	touch $@
 
 clean:

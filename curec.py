@@ -111,15 +111,17 @@ class Args:
     random_reasons: bool = False  # ablation: deal the reasons out to other items
     # -- reward model (phase 3)
     features: Literal["both", "ids", "text"] = "both"  # ids only and content only are ablations
+    text_dim: int = 64  # dimensions kept of a text's vector
     history_text: bool = False  # past items carry their reasons too (a), not only the candidate (b)
     dim: int = 64  # width of the embeddings
     heads: int = 2  # attention heads, of [5] and of the Transformer
-    layers: int = 2  # Transformer layers over the history
+    layers: int = 1  # Transformer layers over the history
     max_history: int = 50  # items of the history that the reward model reads
     dropout: float = 0.2  # in the reward model
-    negatives: int = 16  # unseen items per training window, judged at each of its positions
-    rm_batch: int = 64  # windows per step
-    rm_lr: float = 2e-3  # learning rate
+    rm_loss: Literal["softmax", "bce"] = "softmax"  # of an interaction against the negatives
+    negatives: int = 64  # unseen items per training window, judged at each of its positions
+    rm_batch: int = 16  # windows per step
+    rm_lr: float = 4e-3  # learning rate
     weight_decay: float = 0.01  # of matrices and embeddings
     rm_epochs: int = 60  # at most
     rm_patience: int = 6  # epochs without a better validation NDCG@10
@@ -157,7 +159,7 @@ class RewardModel(nn.Module):
     """f(u, i; P_u, R_i): what phase 3 trains, phase 4 asks for rewards, and phase 5 serves.
 
     Item ids are shifted by one inside (0 = padding). Histories are (B, L) with the oldest item first and the padding
-    last; `texts` has patterns (U, Dt), reasons (I, M, Dt) and author (I, M), -1 = empty slot (see Texts).
+    last; `texts` has patterns (U, K), reasons (I, M, K) and author (I, M), -1 = empty slot (see Texts).
     """
 
     def __init__(self, args, n_users, n_items, text_dim):
@@ -166,7 +168,7 @@ class RewardModel(nn.Module):
         self.user, self.item = nn.Embedding(n_users, D), nn.Embedding(n_items + 1, D, padding_idx=0)
         self.position = nn.Embedding(args.max_history, D)
         for table in (self.user, self.item, self.position):
-            nn.init.normal_(table.weight, std=0.02)
+            nn.init.normal_(table.weight, std=0.1)
         self.query, self.key, self.value = (nn.Linear(text_dim, D) for _ in range(3))
         self.of_user = nn.Linear(text_dim, D)                    # the pattern also speaks for the user directly
         self.no_reason_key, self.no_reason_value = (nn.Parameter(torch.zeros(D)) for _ in range(2))
@@ -179,50 +181,49 @@ class RewardModel(nn.Module):
         self.bias = nn.Embedding(n_items + 1, 1, padding_idx=0)
         nn.init.zeros_(self.rest[-1].weight)                     # at the start the score is the popularity (see look_at)
         self.drop = nn.Dropout(args.dropout)
-        self.register_buffer("text_mean", torch.zeros(text_dim))
-        self.register_buffer("text_std", torch.ones(text_dim))
+        self.register_buffer("told", torch.zeros(n_items))
 
     def look_at(self, texts, logs):
         """Set what is known before training. The item bias starts at the log of the training popularity: that is what
-        BCE against uniform negatives converges to first. Text vectors are standardised by what the reasons look like
-        now: those of an LLM share a large common part."""
+        BCE against uniform negatives converges to first. told: the share of an item's training users who wrote one of
+        its reasons, which is how often a positive has a masked one (see match)."""
         users, positions = logs.train_events()
         count = np.bincount(logs.item_at(users, positions), minlength=len(self.bias.weight) - 1)
         self.bias.weight.data[1:, 0] = torch.from_numpy(np.log((count + 1) / (count + 1).mean())) - math.log(self.args.negatives)
-        known = texts.reasons[texts.author >= 0]
-        if len(known) > 1:
-            self.text_mean.copy_(known.mean(0))
-            self.text_std.copy_(known.std(0) + 1e-3 * known.std())
-
-    def norm(self, vectors):
-        return (vectors - self.text_mean) / self.text_std
+        written = (texts.author >= 0).sum(1).cpu().numpy()
+        self.told.copy_(torch.from_numpy(np.minimum(written / np.maximum(count, 1), 1.0)))
 
     # [5] ------------------------------------------------------------------------------------------------------------
     def tables(self, texts):
         """Keys and values of all reasons, (I, M, D) each: computed once where the whole catalogue is scored."""
-        reasons = self.norm(texts.reasons)
-        return self.key(reasons), self.value(reasons)
+        return self.key(texts.reasons), self.value(texts.reasons)
 
-    def match(self, users, items, texts, extra=None, tables=None, return_weights=False):
+    def match(self, users, items, texts, extra=None, tables=None, return_weights=False, blind=False):
         """m_ui: multi-head attention, query = pattern, keys and values = the item's reasons. users (B,), items (B, C)
         -> (B, C, D), or the weights (B, C, heads, 1 + M (+ 1)).
 
         The reason that u's own interaction with i produced is masked, or every positive would carry its own label.
-        The first key is learned and stands for "no reason": an item without reasons is finite. extra (B, C, Dt) is
-        one more reason per pair, never masked: the candidate that phase 4 wants to have judged.
+        The first key is learned and stands for "no reason": an item without reasons is finite. extra (B, C, K) is
+        one more reason per pair, never masked: the candidate that phase 4 wants to have judged. blind: these are the
+        negatives of training; one of their reasons is hidden as often as one of a positive's is, or a missing reason
+        would tell the label as well.
         """
         B, C, D, heads = *items.shape, self.args.dim, self.args.heads
-        q = self.query(self.norm(texts.patterns[users])).view(B, 1, heads, D // heads, 1)
+        q = self.query(texts.patterns[users]).view(B, 1, heads, D // heads, 1)
         index = items - 1
         if tables is None:
-            reasons = self.norm(texts.reasons[index])                                        # (B, C, M, Dt)
+            reasons = texts.reasons[index]                                                   # (B, C, M, K)
             keys, values = self.key(reasons), self.value(reasons)
         else:
             keys, values = tables[0][index], tables[1][index]
         author = texts.author[index]                                                         # (B, C, M)
         hidden = (author < 0) | (author == users[:, None, None])
+        if blind:
+            lot = torch.rand(author.shape, device=author.device).masked_fill(author < 0, -1.0)
+            drawn = (lot == lot.amax(-1, keepdim=True)) & (torch.rand(B, C, 1, device=lot.device) < self.told[index][..., None])
+            hidden = hidden | drawn
         first = [p.expand(B, C, 1, D) for p in (self.no_reason_key, self.no_reason_value)]
-        last = [] if extra is None else [f(self.norm(extra))[:, :, None] for f in (self.key, self.value)]
+        last = [] if extra is None else [f(extra)[:, :, None] for f in (self.key, self.value)]
         keys = torch.cat([first[0], keys, *last[:1]], 2)
         values = torch.cat([first[1], values, *last[1:]], 2)                                 # (B, C, 1 + M (+ 1), D)
         hidden = F.pad(hidden, (1, 0 if extra is None else 1), value=False)
@@ -234,17 +235,17 @@ class RewardModel(nn.Module):
         return (weights[..., None, :] @ split(values)).reshape(B, C, D)
 
     # [6] ------------------------------------------------------------------------------------------------------------
-    def z(self, users, items, texts, extra=None, tables=None):
+    def z(self, users, items, texts, extra=None, tables=None, blind=False):
         """[e_i; m_ui] -> (B, C, D); with --features ids or text one half is zero."""
         e = self.drop(self.item(items))
         e = torch.zeros_like(e) if self.args.features == "text" else e
         if self.args.features == "ids":
             return self.join(torch.cat([e, torch.zeros_like(e)], -1))
-        return self.join(torch.cat([e, self.match(users, items, texts, extra, tables)], -1))
+        return self.join(torch.cat([e, self.match(users, items, texts, extra, tables, blind=blind)], -1))
 
     def u(self, users, texts):
         e = self.drop(self.user(users)) if self.args.features != "text" else 0.0
-        return e if self.args.features == "ids" else e + self.of_user(self.norm(texts.patterns[users]))
+        return e if self.args.features == "ids" else e + self.of_user(texts.patterns[users])
 
     def past(self, users, history, texts):
         """H_u (B, L, D): causal Transformer over the history, so that H_t knows items up to t and none after."""
@@ -291,7 +292,7 @@ class RewardModel(nn.Module):
         z = self.z(users, sequence.clamp(min=1), texts)
         pooled = (self.unit.weights(z, H) * earlier) @ of_past
         positive = self.head(users, sequence, texts, z, u, pooled, (z * before).sum(-1))
-        zn = self.z(users, negatives, texts)
+        zn = self.z(users, negatives, texts, blind=self.training)
         running = (self.unit.weights(zn, H)[..., None] * of_past[:, None]).cumsum(2)          # (B, K, L, 64)
         running = F.pad(running[:, :, :-1], (0, 0, 1, 0))
         negative = self.head(users, negatives, texts, zn, u, running, zn @ before.transpose(1, 2))
@@ -417,6 +418,17 @@ def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k
     return loss, stats
 
 
+def recommendation_loss(positive, negative, kind="softmax"):
+    """Of an interaction against K unseen items: positive (B, L), negative (B, L, K) logits -> (B, L).
+
+    The paper does not name its loss. softmax: -log of the positive's share among the 1 + K, which puts the weight on
+    the negatives that rank high. bce: the mean binary cross-entropy of the 1 + K labels.
+    """
+    if kind == "bce":
+        return (F.softplus(-positive) + F.softplus(negative).sum(-1)) / (1 + negative.shape[-1])
+    return torch.logsumexp(torch.cat([positive[..., None], negative], -1), -1) - positive
+
+
 # 6 ---------------------------------------------------------------------------------------------------- the LLM
 class Policy:
     """The LLM with its adapter, its optimiser and how prompts become tokens. Nothing here is specific to a phase."""
@@ -496,7 +508,8 @@ class Policy:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(lora.parameters(self.model), args.max_grad_norm)
         self.optimizer.step()
-        return stats | extra | {"loss": loss.item(), "grad_norm": float(norm)}
+        entropy = float((new.entropy * mask).sum() / mask.sum().clamp(min=1))
+        return stats | extra | {"entropy": entropy, "loss": loss.item(), "grad_norm": float(norm)}
 
 
 class Logs:
@@ -552,18 +565,21 @@ class Logs:
         flat = np.minimum(self.bounds[users][:, None] + index, len(self.items) - 1)
         return torch.from_numpy(np.where(real, self.items[flat].astype(np.int64) + 1, 0))
 
-    def windows(self, length, rng):
-        """Cut every training sequence into windows of `length`, at cuts that move: (users, starts), shuffled."""
-        users, starts = [], []
+    def windows(self, length, size, rng):
+        """Cut every training sequence into windows of at most `length`, at cuts that move, and group windows of like
+        length into batches of `size` -> list of (users, starts, ends), shuffled."""
+        users, cuts = [], []
         for u in np.flatnonzero(self.n_train > 0):
             n = self.n_train[u]
             first = int(rng.integers(0, length)) if n > length else 0
-            cuts = np.arange(first - length if first else 0, n, length)
-            users.append(np.full(len(cuts), u))
-            starts.append(np.maximum(cuts, 0))
-        users, starts = np.concatenate(users), np.concatenate(starts)
-        order = rng.permutation(len(users))
-        return users[order], starts[order]
+            cut = np.arange(first - length if first else 0, n, length)
+            users.append(np.full(len(cut), u))
+            cuts.append(cut)
+        users, cuts = np.concatenate(users), np.concatenate(cuts)
+        starts, ends = np.maximum(cuts, 0), np.minimum(cuts + length, self.n_train[users])
+        order = np.lexsort((rng.random(len(users)), (ends - starts) // 4))        # nearly sorted, ties at random
+        batches = [(users[k], starts[k], ends[k]) for k in np.array_split(order, max(1, round(len(order) / size)))]
+        return [batches[k] for k in rng.permutation(len(batches))]
 
 
 # 7 ---------------------------------------------------------------------------------------------------- evaluation
@@ -627,6 +643,7 @@ def align(args, run, policy, logs):
                              dtype=torch.float32)                             # (B, G, 3)
         stats = policy.step(tokens, out, rules @ torch.tensor(args.weights), lr_scale=min(1.0, (step + 1) / 10))
         stats |= dict(zip(("format", "legal", "correct"), rules.mean((0, 1)).tolist()))
+        stats["invalid_frac"] = 1 - stats["legal"]
         run.log("align", step + 1, args.align_steps, **stats)
         if (step + 1) % 40 == 0 or step + 1 == args.align_steps:
             rates = judge_alignment(policy, *valid, desc="align: validation")
@@ -650,14 +667,31 @@ class Texts:
     """Patterns and reasons with their vectors: what the LLM wrote, and what the reward model reads.
 
     pattern[u]: str. reason[i]: list of {"author": uid, "text": str, "by": phase}, oldest first, bounded by `most`.
-    vectors: patterns (U, Dt), reasons (I, M, Dt), author (I, M) int64 (-1 = empty slot), all on the device, fp32.
+    vectors: patterns (U, K), reasons (I, M, K), author (I, M) int64 (-1 = empty slot), all on the device, fp32.
+    They are the encoder's (.., Dt), whitened: an LLM's sentence vectors share a large common part and differ in few
+    directions. mean (2, Dt), basis (Dt, K): fitted once, on what phase 2 wrote.
     """
 
     def __init__(self, n_users, n_items, most, dim, device):
+        self.mean, self.basis = torch.zeros(2, dim, device=device), torch.eye(dim, device=device)
         self.pattern, self.reason = [""] * n_users, [[] for _ in range(n_items)]
         self.patterns = torch.zeros(n_users, dim, device=device)
         self.reasons = torch.zeros(n_items, most, dim, device=device)
         self.author = torch.full((n_items, most), -1, dtype=torch.long, device=device)
+
+    def fit(self, patterns, reasons):
+        """Means of both kinds, and their common principal directions scaled to unit variance (over K: unit length)."""
+        K = self.reasons.shape[2]
+        self.mean = torch.stack([patterns.mean(0), reasons.mean(0) if len(reasons) else patterns.mean(0)])
+        centred = torch.cat([patterns - self.mean[0], reasons - self.mean[1]]).double()
+        size, direction = torch.linalg.eigh(centred.T @ centred / len(centred))               # ascending
+        size, direction = size.flip(0)[:K], direction.flip(1)[:, :K]
+        basis = direction / (size.clamp(min=0) + 1e-3 * size[0] + 1e-12).sqrt() / math.sqrt(K)
+        self.basis = F.pad(basis, (0, K - basis.shape[1])).float()
+
+    def whiten(self, vectors, kind):
+        """Encoder's vectors (.., Dt) of patterns (kind 0) or reasons (kind 1) -> (.., K)."""
+        return (vectors - self.mean[kind]) @ self.basis
 
     def put_pattern(self, u, text, vector):
         self.pattern[u], self.patterns[u] = text, vector
@@ -682,14 +716,14 @@ class Texts:
         self.reasons, self.author = self.reasons[index], self.author[index]
 
     def tensors(self):
-        return {"patterns": self.patterns, "reasons": self.reasons, "author": self.author}
+        return {name: getattr(self, name) for name in ("patterns", "reasons", "author", "mean", "basis")}
 
     def state(self):
         return {"pattern": self.pattern, "reason": self.reason}
 
     def restore(self, tensors, state):
-        self.patterns, self.reasons, self.author = (tensors[k].to(self.author.device) for k in
-                                                    ("patterns", "reasons", "author"))
+        for name in self.tensors():
+            setattr(self, name, tensors[name].to(self.author.device))
         self.pattern, self.reason = list(state["pattern"]), [list(r) for r in state["reason"]]
         return self
 
@@ -737,12 +771,13 @@ def write_texts(args, run, policy, logs):
                            args.text_tokens, "reason", sample=True, desc="reasons")
     reasons = [clean_text(t) for t in reasons]
     vectors = llm.encode(policy.model, policy.tokenizer, patterns + reasons, args.llm_batch * 2)
-    texts = Texts(len(data.users), len(data.items), args.max_reasons, vectors.shape[1], policy.device)
+    texts = Texts(len(data.users), len(data.items), args.max_reasons, args.text_dim, policy.device)
+    texts.fit(vectors[:len(patterns)], vectors[len(patterns):])
     for u, text in enumerate(patterns):
-        texts.put_pattern(u, text, vectors[u])
+        texts.put_pattern(u, text, texts.whiten(vectors[u], 0))
     for e, text, vector in zip(chosen, reasons, vectors[len(patterns):]):
         if text:
-            texts.put_reason(items[e], users[e], text, vector, "write")
+            texts.put_reason(items[e], users[e], text, texts.whiten(vector, 1), "write")
     texts.check_no_leak(logs)
     run.save("texts", texts.tensors(), texts.state())
     run.write_jsonl("texts", texts.rows(data))
@@ -772,7 +807,7 @@ def diversity(texts):
 
 # phase 3 ------------------------------------------------------------------------------------------------------------
 def train_reward_model(args, run, logs, texts, device, name="reward"):
-    """Phase 3: binary cross-entropy on every training interaction, each against --negatives items the user never had.
+    """Phase 3: every training interaction against --negatives items that the user never had (--rm-loss).
 
     The epoch that does best on validation users is kept. Returns (reward model, {"best_epoch", "valid": report}).
     """
@@ -785,7 +820,6 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
                                    {"params": rest, "weight_decay": 0.0}], lr=args.rm_lr)
     L = args.max_history
     # A user's training sequence is cut into windows of L targets; the cut moves from epoch to epoch.
-    steps = -(-int(np.ceil(logs.n_train / L).sum()) // args.rm_batch)                        # for the bar and warm-up
     saved, first, best, best_epoch, stale = run.load(name), 0, -1.0, 0, 0
     best_model = {k: v.clone() for k, v in model.state_dict().items()}
     if saved is not None:
@@ -799,23 +833,20 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
         if stale >= args.rm_patience:
             break
         model.train()
-        users, starts = logs.windows(L, np.random.default_rng([args.seed, 19, epoch]))
-        total, count = {"loss": 0.0, "grad_norm": 0.0}, -(-len(users) // args.rm_batch)
-        for s in progress(range(count), f"reward model, epoch {epoch + 1}", count):
-            part = slice(s * args.rm_batch, (s + 1) * args.rm_batch)
-            u = users[part]
+        batches = logs.windows(L, args.rm_batch, np.random.default_rng([args.seed, 19, epoch]))
+        total, count = {"loss": 0.0, "grad_norm": 0.0}, len(batches)
+        for s, (u, start, end) in enumerate(progress(batches, f"reward model, epoch {epoch + 1}", count)):
             torch.manual_seed(cuda.key_seed(args.seed, "rm", epoch, s) % 2**31)               # dropout, on resume too
-            sequence = logs.histories(u, np.minimum(starts[part] + L, logs.n_train[u]), L, starts[part]).to(device)
+            sequence = logs.histories(u, end, int((end - start).max()), start).to(device)
             others = datasets.negatives(logs.data, u, args.negatives, cuda.key_seed(args.seed, "neg", epoch, s) % 2**31)
-            lr = args.rm_lr * min(1.0, (epoch * steps + s + 1) / 100)
+            lr = args.rm_lr * min(1.0, (epoch * count + s + 1) / 100)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 positive, negative = model.forward_all_times(
                     torch.as_tensor(u, device=device), sequence, torch.as_tensor(others, device=device).long() + 1, texts)
             real = (sequence > 0).float()
-            bce = F.softplus(-positive.float()) + F.softplus(negative.float()).sum(-1)        # (B, L)
-            loss = (bce * real).sum() / real.sum() / (1 + args.negatives)                    # mean over all labels
+            loss = (recommendation_loss(positive.float(), negative.float(), args.rm_loss) * real).sum() / real.sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -890,7 +921,7 @@ def correct(args, run, policy, logs, reward_model, texts):
         prompts = [reason_prompt(logs.history(*up), texts.pattern[up[0]], logs.lines[k]) for up, k in zip(zip(u, p), i)]
         tokens, out, groups = policy.sample(prompts, args.text_tokens, ("correct", b))
         groups = [[clean_text(t) for t in group] for group in groups]
-        flat = encode([t for group in groups for t in group]).view(len(u), args.group, -1)       # (B, G, Dt)
+        flat = texts.whiten(encode([t for group in groups for t in group]), 1).view(len(u), args.group, -1)  # (B, G, K)
         before, scores = reward_model.judge(logs, texts, u, p, i, flat)       # (B,), (B, G) fp32 logits
         broken = torch.tensor([[not t for t in group] for group in groups], device=scores.device)
         rewards = torch.where(broken | out.truncated.to(scores.device), before[:, None] - 1.0, scores)
@@ -902,10 +933,10 @@ def correct(args, run, policy, logs, reward_model, texts):
             vectors = encode(written)
             for k in range(len(u)):
                 if written[k]:
-                    texts.put_pattern(u[k], written[k], vectors[k])
+                    texts.put_pattern(u[k], written[k], texts.whiten(vectors[k], 0))
                 if written[len(u) + k]:
-                    texts.put_reason(i[k], u[k], written[len(u) + k], vectors[len(u) + k], "correct")
-        run.log("correct", b + 1, len(batches), **stats, gain=float((scores - before[:, None]).mean()),
+                    texts.put_reason(i[k], u[k], written[len(u) + k], texts.whiten(vectors[len(u) + k], 1), "correct")
+        run.log("correct", b + 1, len(batches), **stats, invalid_frac=float(broken.float().mean()), gain=float((scores - before[:, None]).mean()),
                 **diversity([t for group in groups for t in group]))
         if (b + 1) % 10 == 0 or b + 1 == len(batches):
             run.save("correct", prefix("now/", lora.state(policy.model)) | prefix("texts/", texts.tensors())
@@ -954,7 +985,7 @@ def train(args):
                grpo=f"{args.align_steps} steps of {args.align_prompts} prompts x {args.group} completions")
     result = {"script": "curec", "data": logs.data.name, "backbone": args.backbone, "seed": args.seed,
               "features": args.features, "users": len(logs.judged), "items": len(logs.data.items)}
-    texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, 1, device)
+    texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, args.text_dim, device)
     if words:
         if args.align:
             if not run.done("align"):
@@ -994,7 +1025,7 @@ def train(args):
 
 def restore_texts(args, run, name, logs, device):
     tensors, state = run.load(name)
-    texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, tensors["patterns"].shape[1], device)
+    texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, args.text_dim, device)
     return texts.restore(tensors, state)
 
 
@@ -1094,7 +1125,7 @@ def recommend(args):
 def served_texts(args, run, logs, device):
     tensors, state = run.load("served")
     tensors = strip(tensors, "texts/")
-    return Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, tensors["patterns"].shape[1],
+    return Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, args.text_dim,
                  device).restore(tensors, state)
 
 

@@ -148,7 +148,7 @@ def load(name, data_dir=None, max_bad_rows=0, seed=0, download=True, cache_dir=N
     folder = Path(name)
     if not folder.is_dir():
         near = difflib.get_close_matches(name, SOURCES, 1)
-        raise UserError(f"--data {name}: " + (f"did you mean {near[0]}?" if near else "no such folder")
+        raise UserError(f"--data {name}: " + (f"did you mean {near[0]}?" if near else "no such folder.")
                         + f" It is a folder or one of {KNOWN}")
     return read_folder(folder, folder.resolve().name, max_bad_rows, cache_dir)
 

@@ -123,13 +123,12 @@ def reason_text(rng, attributes, ranked):
             f"They enjoy {a}, and here it comes with {b}.", f"The mix of {a}, {b}, fits well.")[rng.integers(4)]
 
 
-SKILLS = ("align", "pattern", "reason", "which", "copy", "share", "describe", "category", "yesno")
-EARLY = (0.12, 0.06, 0.04, 0.20, 0.40, 0.12, 0.00, 0.02, 0.04)      # first look things up and copy them
-LATE = (0.32, 0.18, 0.14, 0.12, 0.04, 0.08, 0.04, 0.04, 0.04)       # then the formats that the scripts use
+SKILLS = {"align": 0.26, "similar": 0.18, "which": 0.16, "pattern": 0.12, "reason": 0.12, "share": 0.06,
+          "describe": 0.03, "category": 0.03, "yesno": 0.04}
 
 
 def sample(rng, world, stage=1.0):
-    """One (skill, prompt, completion). `stage` in [0, 1]: lists grow from 2 to 10 lines over the training."""
+    """One (skill, prompt, completion). `stage` in [0, 1]: histories grow from 2 to 10 lines over the training."""
     c = Catalogue(rng, world if rng.random() < 0.8 - 0.4 * stage else None)
     most = 2 + int(round(8 * stage))
     items, ranked, counts = c.history(int(rng.integers(1, most + 1)))
@@ -140,7 +139,7 @@ def sample(rng, world, stage=1.0):
     pick = int(rng.integers(len(candidates)))
     attributes = c.attributes[candidates[pick]]
     looked_for = [str(a) for a in rng.permutation(attributes)][:rng.integers(1, 3)]
-    skill = rng.choice(SKILLS, p=(1 - stage) * np.array(EARLY) + stage * np.array(LATE))
+    skill = str(rng.choice(list(SKILLS), p=list(SKILLS.values())))
     quoted = lettered(lines[pick], pick)
     if skill == "align":                                  # the answer is random: a format, and no knowledge of users
         return skill, align_prompt(history, lines), f"{thought(ranked, quoted)}\n<answer>{LETTERS[pick]}</answer>"
@@ -153,10 +152,12 @@ def sample(rng, world, stage=1.0):
         lines, pick = [lines[k] for k in keep], keep.index(pick)
         return (skill, f"{candidate_lines(lines)}\nWhich of these is about {both(looked_for)}?",
                 f"<think>I look for {lettered(lines[pick], pick)}.</think>\n<answer>{LETTERS[pick]}</answer>")
-    if skill == "copy":
-        some = rng.permutation(size)[:3]
-        return (skill, f"{candidate_lines(lines)}\nWrite some of these again.",
-                "\n".join(f"- {lettered(lines[k], k)}" for k in some))
+    if skill == "similar":                                # a fact about texts, whoever chose them
+        common = [sum(counts.get(a, 0) for a in c.attributes[k]) + 0.5 * rng.random() for k in candidates]
+        pick = int(np.argmax(common))
+        return (skill, f"{history_lines(history)}\nWhich of these has most in common with the titles above?\n"
+                       f"{candidate_lines(lines)}",
+                f"{thought(ranked, lettered(lines[pick], pick))}\n<answer>{LETTERS[pick]}</answer>")
     if skill == "share":
         return skill, f"What do most of these titles have in common?\n{history_lines(history)}", f"They have {ranked[0]}."
     if skill == "describe":
@@ -205,28 +206,52 @@ def make_tokenizer(rng, world, vocab_size=2048):
     return loaded
 
 
-def make_model(tokenizer, seed, hidden=128, layers=4, head_dim=32):
-    """A random Qwen2 whose first layer has two heads that look one and two tokens back.
+def make_model(tokenizer, seed, hidden=128, layers=4, heads=4, head_dim=64, theta=1e6):
+    """A random Qwen2 that starts with an induction circuit: "find where this was written before, copy what followed".
 
-    Looking back is the first half of looking things up (the second is to compare); from random weights a small model
-    needs millions of texts to find it. Qwen2's query and key biases can say it: with k = (A, 0) and q = A (cos w, -sin w)
-    per frequency w of the rotary embedding, the score of distance d is A^2 sum cos(w (d - 1)): a peak at d = 1.
+    Quoting a line of the prompt is all that a choice among candidates takes, and a small model needs millions of texts
+    to find out how. Here the first layer's heads 0 and 1 look one and two tokens back and write what they see beside
+    the token's own embedding; the second layer's head 0 compares (this, previous) with (previous, the one before) of
+    every earlier token, and copies the best match. Training changes all of it as it likes.
+
+    Looking back is said by Qwen2's query and key biases: with k = (A, 0) and q = A (cos dw, -sin dw) per frequency w of
+    the rotary embedding, distance t scores A^2 sum cos(w (t - d)), a peak at t = d. Comparing uses the slow half of
+    the frequencies, which hardly turn within a prompt.
     """
     torch.manual_seed(seed)
-    heads = hidden // head_dim
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
-        tie_word_embeddings=True, rope_theta=10_000.0, bos_token_id=None,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim, max_position_embeddings=2048,
+        tie_word_embeddings=True, rope_theta=theta, bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>")))
-    attention, half = model.model.layers[0].self_attn, head_dim // 2
-    w = 10_000.0 ** (-torch.arange(half) / half)
+    half, own, seen = head_dim // 2, 48, 40                    # embeddings start in `own` dimensions; `seen` are copied
+    w = theta ** (-torch.arange(half) / half)
+    first, second = (model.model.layers[k].self_attn for k in (0, 1))
     with torch.no_grad():
+        table = model.model.embed_tokens.weight
+        table.zero_()[:, :own].normal_(std=0.1)
         for head, back in ((0, 1), (1, 2)):
             part = slice(head * head_dim, (head + 1) * head_dim)
-            attention.k_proj.bias[part] = 6 * torch.cat([torch.ones(half), torch.zeros(half)])
-            attention.q_proj.bias[part] = 6 * torch.cat([torch.cos(back * w), -torch.sin(back * w)])
+            first.k_proj.bias[part] = 8 * torch.cat([torch.ones(half), torch.zeros(half)])
+            first.q_proj.bias[part] = 8 * torch.cat([torch.cos(back * w), -torch.sin(back * w)])
+            for proj in (first.q_proj, first.k_proj, first.v_proj):
+                proj.weight[part] = 0
+            first.o_proj.weight[:, part] = 0
+            for d in range(seen):
+                first.v_proj.weight[head * head_dim + d, d] = 1
+                first.o_proj.weight[own + head * seen + d, head * head_dim + d] = 0.06
+        for proj in (second.q_proj, second.k_proj, second.v_proj):
+            proj.weight[:head_dim] = 0
+        second.o_proj.weight[:, :head_dim] = 0
+        slow = [k for k in range(head_dim) if k % half >= half - seen // 2]
+        for d, row in enumerate(slow):                         # 20 for (this, previous), 20 for (previous, the one before)
+            n, which = d % (seen // 2), d // (seen // 2)
+            second.q_proj.weight[row, n + (0, own)[which]] = 1.6
+            second.k_proj.weight[row, n + (own, own + seen)[which]] = 1.6
+        for d in range(own):
+            second.v_proj.weight[d, d] = 1
+            second.o_proj.weight[d, d] = 0.3
     return model
 
 
@@ -272,12 +297,14 @@ def skills(model, tokenizer, world, seed=10**6, n=1024):
                       eos_ids=eos_ids(model, tokenizer), generator=torch.Generator(device).manual_seed(0))
         for (skill, _, answer), tokens, length in zip(part, out.tokens[:, 0], out.lengths[:, 0]):
             text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-            if skill in ("align", "reason", "describe", "copy"):
+            if skill in ("align", "reason", "describe"):
                 continue                                       # many right answers: judged where they are used
             if skill == "pattern":                             # the two most frequent attributes, in any order
                 said = [set(x.removeprefix("This user often picks ").split("; ")[0].rstrip(".").split(", "))
                         for x in (text, answer)]
                 right.setdefault(skill, []).append(said[0] == said[1])
+            elif skill == "similar":                           # the letter: histories often tie in what is most frequent
+                right.setdefault(skill, []).append(text.split("<answer>")[-1] == answer.split("<answer>")[-1])
             else:
                 right.setdefault(skill, []).append(text.strip() == answer)
     return {skill: round(float(np.mean(x)), 3) for skill, x in sorted(right.items())}
@@ -297,7 +324,8 @@ Exact match on {n:,} fresh prompts (random catalogues and the toy world's), gree
 {rows}
 
 `which`: quote the only candidate with the attributes asked for and give its letter. `pattern`: the two most frequent attributes of a
-history of 1-10 titles (ties make 1.0 impossible). `share`: the most frequent one. `category`: recall or read an
+history of 1-10 titles (ties make 1.0 impossible). `similar`: the letter of the candidate whose attributes
+occur most in a list of titles (ties, too). `share`: the most frequent one. `category`: recall or read an
 item's categories. `yesno`: is title X about Y.
 """
 
@@ -306,7 +334,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", default="common/tiny")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=None, help="stop (with a decayed rate) after about so long")
@@ -348,7 +376,6 @@ def main():
             optimizer.step()
         losses.append(loss.item())
         letters.append((logits.argmax(-1) == target)[weight > 1].float().mean().item() if (weight > 1).any() else np.nan)
-        # The curriculum waits for the look-up to be learned, and in the second half no longer.
         stage = min(1.0, max(stage + 0.004 * (np.nanmean(letters[-20:]) > 0.8), 2 * elapsed - 0.9))
         if step % 50 == 49:
             print(f"step {step + 1} | loss {np.mean(losses[-50:]):.4f} | letters right {np.nanmean(letters[-50:]):.3f} | stage {stage:.2f} | "
@@ -356,6 +383,7 @@ def main():
         if step % 500 == 499:
             save(model, tokenizer, args.out)
     save(model, tokenizer, args.out)
+    model.set_attn_implementation("sdpa")                      # the one that knows the masks of common/llm.py
     rates = skills(model.eval().float(), tokenizer, world)
     rows = "\n".join(f"| {skill} | {rate:.3f} |" for skill, rate in rates.items())
     (Path(args.out) / "README.md").write_text(CARD.format(

@@ -27,6 +27,6 @@ def lettered(line, k):
 
 
 def candidate_lines(lines):
-    """One `- line [A]` per candidate, at most 26. What a reader looks for comes first and the letter last, so that
-    quoting the line from left to right finds the letter."""
-    return "\n".join(f"- {lettered(line, k)}" for k, line in enumerate(lines))
+    """One `* line [A]` per candidate, at most 26. What a reader looks for comes first and the letter last, so that
+    quoting the line from left to right finds the letter; the bullet tells them from the history."""
+    return "\n".join(f"* {lettered(line, k)}" for k, line in enumerate(lines))

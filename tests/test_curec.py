@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import curec
 from common import cuda, toy
@@ -193,7 +194,7 @@ def test_a_users_own_reason_is_masked_and_another_users_is_not():
     i = next(k for k, r in enumerate(texts.reason) if len(r) >= 2)
     author = texts.reason[i][0]["author"]
     history, items = torch.tensor([[1, 2, 3]]), torch.tensor([[i + 1]])
-    score = lambda u: float(model(torch.tensor([u]), history, items, texts))
+    score = lambda u: model(torch.tensor([u]), history, items, texts).item()
     own, other = score(author), score((author + 1) % 80 if (author + 1) % 80 not in [r["author"] for r in texts.reason[i]] else author + 2)
     texts.reasons[i, 0] = 100 * torch.randn(8)
     assert score(author) == own
@@ -286,7 +287,7 @@ def test_no_prompt_shows_the_item_it_asks_for_or_anything_after_it():
     prompts, targets = logs.align_examples(users[:50], positions[:50], 5, 3)
     for prompt, target, u, p in zip(prompts, targets, users, positions):
         lines = prompt.split("choose next?\n")[1].split("\n")[:5]
-        assert lines[target] == f"- {logs.lines[logs.item_at(u, p)]} [{'ABCDE'[target]}]"
+        assert lines[target] == f"* {logs.lines[logs.item_at(u, p)]} [{'ABCDE'[target]}]"
         had = {logs.lines[i] for i in logs.sequence(u)}
         assert not any(line[2:-4] in had for k, line in enumerate(lines) if k != target)
     assert np.bincount(targets, minlength=5).min() > 0
@@ -299,9 +300,52 @@ def test_the_vectorised_histories_equal_slices():
     for row, x, y in zip(logs.histories(u, p, 6), u, p):
         want = (logs.sequence(x)[max(0, y - 6):y] + 1).tolist()
         assert row.tolist() == want + [0] * (6 - len(want))
-    users, starts = logs.windows(5, np.random.default_rng(0))
-    covered = {(x, t) for x, s in zip(users, starts) for t in range(s, min(s + 5, logs.n_train[x]))}
-    assert covered == {(x, t) for x in range(80) for t in range(logs.n_train[x])}
+    targets = [(x, t) for batch in logs.windows(5, 16, np.random.default_rng(0)) for x, s, e in zip(*batch)
+               for t in range(s, e)]
+    assert sorted(targets) == [(x, t) for x in range(80) for t in range(logs.n_train[x])]     # each once
+
+
+def test_recommendation_losses_equal_pytorchs():
+    positive, negative = torch.randn(3, 4), torch.randn(3, 4, 5)
+    both = torch.cat([positive[..., None], negative], -1)
+    labels = torch.zeros_like(both)
+    labels[..., 0] = 1
+    want = F.cross_entropy(both.flatten(0, 1), torch.zeros(12, dtype=torch.long), reduction="none").view(3, 4)
+    assert torch.allclose(curec.recommendation_loss(positive, negative, "softmax"), want, atol=1e-6)
+    want = F.binary_cross_entropy_with_logits(both, labels, reduction="none").mean(-1)
+    assert torch.allclose(curec.recommendation_loss(positive, negative, "bce"), want, atol=1e-6)
+
+
+def test_a_masked_reason_is_as_frequent_among_negatives_as_among_positives():
+    """Or the gap in the list would tell the label that the masked reason may not tell."""
+    args, logs, texts, model = world()
+    model.look_at(texts, logs)
+    users, positions = logs.train_events()
+    items = logs.item_at(users, positions)
+    for i in [k for k in range(1, len(texts.reason)) if texts.reason[k]][:5]:
+        chose = torch.as_tensor(users[items == i])
+        pairs = torch.full((len(chose), 1), i + 1)
+        shown = model.match(chose, pairs, texts, return_weights=True)[:, 0, 0, 1:] > 0
+        among_positives = (len(texts.reason[i]) - shown.sum(1).float()).mean()
+        other = torch.as_tensor([next(u for u in range(80) if u not in chose)]).expand(4000)
+        torch.manual_seed(0)
+        shown = model.match(other, torch.full((4000, 1), i + 1), texts, return_weights=True, blind=True)[:, 0, 0, 1:] > 0
+        among_negatives = (len(texts.reason[i]) - shown.sum(1).float()).mean()
+        assert among_positives > 0 and abs(among_positives - among_negatives) < 0.03
+
+
+def test_whitened_vectors_are_uncorrelated_and_the_two_kinds_are_centred():
+    g = torch.Generator().manual_seed(0)
+    mix = torch.randn(12, 12, generator=g)
+    patterns, reasons = torch.randn(300, 12, generator=g) @ mix + 5, torch.randn(500, 12, generator=g) @ mix - 3
+    texts = curec.Texts(300, 100, 5, 4, "cpu")
+    texts.fit(patterns, reasons)
+    white = torch.cat([texts.whiten(patterns, 0), texts.whiten(reasons, 1)])
+    assert texts.whiten(patterns, 0).mean(0).abs().max() < 1e-4 > texts.whiten(reasons, 1).mean(0).abs().max()
+    assert torch.allclose(torch.cov(white.T) * 4, torch.eye(4), atol=0.02)
+    few = curec.Texts(2, 1, 1, 6, "cpu")
+    few.fit(patterns[:2], reasons[:0])
+    assert torch.isfinite(few.whiten(patterns[:2], 0)).all()
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
