@@ -442,8 +442,8 @@ class Policy:
         self.eos = llm.eos_ids(self.model, self.tokenizer)
         self.start()
 
-    def start(self, adapter=None, steps=None):
-        """A fresh optimiser on the adapter (given, or as it is). AdamW without weight decay, linear warm-up."""
+    def start(self, adapter=None):
+        """A fresh optimiser on the adapter (given, or as it is): AdamW without weight decay."""
         if adapter is not None:
             lora.load_state(self.model, adapter)
         self.lr = self.args.lr or (2e-3 if self.args.backbone == "tiny" else 1e-5)
@@ -506,6 +506,7 @@ class Policy:
             group["lr"] = self.lr * lr_scale
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        cuda.average_gradients(lora.parameters(self.model))
         norm = nn.utils.clip_grad_norm_(lora.parameters(self.model), args.max_grad_norm)
         self.optimizer.step()
         entropy = float((new.entropy * mask).sum() / mask.sum().clamp(min=1))
@@ -616,7 +617,12 @@ def judge_alignment(policy, prompts, targets, desc):
 
 
 def align(args, run, policy, logs):
-    """Phase 1. Leaves the adapter that did best on validation users in the model; returns the held-out rates."""
+    """Phase 1. Leaves the adapter that did best on validation users in the model; returns the held-out rates.
+
+    Under torchrun every process samples and learns from its share of a step's prompts; process 0 judges and saves, and
+    goes on alone with what follows.
+    """
+    rank, world = cuda.join()
     def held_out(offset):
         users = np.random.default_rng([args.seed, 3]).permutation(logs.judged)[:args.eval_prompts]
         return logs.align_examples(users, logs.n_train[users] + offset, args.candidates, args.seed + 11 * offset)
@@ -638,12 +644,15 @@ def align(args, run, policy, logs):
         rng = np.random.default_rng([args.seed, 5, step])
         pick = rng.integers(0, len(users), args.align_prompts)
         prompts, targets = logs.align_examples(users[pick], positions[pick], args.candidates, cuda.key_seed(args.seed, "candidates", step) % 2**31)
-        tokens, out, texts = policy.sample(prompts, args.align_tokens, ("align", step))
+        prompts, targets = prompts[rank::world], targets[rank::world]
+        tokens, out, texts = policy.sample(prompts, args.align_tokens, ("align", step, rank))
         rules = torch.tensor([[rule_rewards(t, args.candidates, k) for t in group] for group, k in zip(texts, targets)],
                              dtype=torch.float32)                             # (B, G, 3)
-        stats = policy.step(tokens, out, rules @ torch.tensor(args.weights), lr_scale=min(1.0, (step + 1) / 10))
+        stats = policy.step(tokens, out, rules @ torch.tensor(args.weights), lr_scale=min((step + 1) / 10, 1 - step / args.align_steps))
         stats |= dict(zip(("format", "legal", "correct"), rules.mean((0, 1)).tolist()))
         stats["invalid_frac"] = 1 - stats["legal"]
+        if rank > 0:
+            continue
         run.log("align", step + 1, args.align_steps, **stats)
         if (step + 1) % 40 == 0 or step + 1 == args.align_steps:
             rates = judge_alignment(policy, *valid, desc="align: validation")
@@ -653,12 +662,15 @@ def align(args, run, policy, logs):
         if (step + 1) % 10 == 0 or step + 1 == args.align_steps:
             run.save("align", prefix("now/", lora.state(policy.model)) | prefix("best/", best_adapter)
                      | run.optimizer_tensors(policy.optimizer), {"step": step + 1, "best": best})
+    if rank > 0:
+        return None
     test = held_out(1)
     with lora.disabled(policy.model):
         before = judge_alignment(policy, *test, desc="align: test, before")
     lora.load_state(policy.model, best_adapter)
     after = judge_alignment(policy, *test, desc="align: test, after")
     run.save("aligned", best_adapter, {})
+    lora.save(policy.model, run.folder / "adapter", args.backbone)
     return {"before": before, "after": after, "chance": round(1 / args.candidates, 4)}
 
 
@@ -971,25 +983,33 @@ def train(args):
     cuda.seed_everything(args.seed)
     device = cuda.pick_device(args.device)
     logs = prepare(args)
-    run = Run(args, "curec", logs.data.fingerprint)
+    rank, world = cuda.join()
+    if args.align_prompts % world:
+        raise UserError(f"--align-prompts {args.align_prompts} cannot be shared by {world} processes; use a multiple")
+    run = Run(args, "curec", logs.data.fingerprint, rank=rank)
     if run.done("result"):
-        print(f"{run.folder} is finished")
-        return run.result(run.done("result"))
+        return {} if rank > 0 else run.result(run.done("result"))
     words = args.features != "ids"
     policy = Policy(args, device) if words else None
     trainable = sum(p.numel() for p in lora.parameters(policy.model)) if words else 0
-    run.header(device=str(device), data=f"{logs.data.name} ({logs.data.fingerprint}): {len(logs.data.users):,} users, "
-               f"{len(logs.data.items):,} items, {len(logs.items):,} interactions, {logs.n_train.sum():,} of them training",
+    run.header(device=str(device) + (f" x {world}" if world > 1 else ""),
+               data=f"{logs.data.name} ({logs.data.fingerprint}): {len(logs.data.users):,} users, {len(logs.data.items):,} items, "
+               f"{len(logs.items):,} interactions, {logs.n_train.sum():,} of them training",
                backbone=f"{args.backbone}: {sum(p.numel() for p in policy.model.parameters()):,} parameters, "
                f"{trainable:,} trainable" if words else "none (--features ids)",
                grpo=f"{args.align_steps} steps of {args.align_prompts} prompts x {args.group} completions")
     result = {"script": "curec", "data": logs.data.name, "backbone": args.backbone, "seed": args.seed,
               "features": args.features, "users": len(logs.judged), "items": len(logs.data.items)}
     texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, args.text_dim, device)
+    if words and args.align and not run.done("align"):
+        rates = align(args, run, policy, logs)
+        if rank == 0:
+            run.finish("align", rates)
+    cuda.part()
+    if rank > 0:
+        return {}
     if words:
         if args.align:
-            if not run.done("align"):
-                run.finish("align", align(args, run, policy, logs))
             result["align"] = run.done("align")
             lora.load_state(policy.model, run.load("aligned")[0])
         if not run.done("write"):

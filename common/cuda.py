@@ -58,19 +58,27 @@ def memory_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def init_distributed():
-    """(rank, world size) under torchrun, (0, 1) otherwise. Start: torchrun --nproc-per-node N script.py ..."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def join():
+    """(rank, world size) under torchrun, (0, 1) otherwise. Start: torchrun --nproc-per-node N -- script.py ...
+    (without the `--`, torchrun takes our --run for an abbreviation of its own)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def all_reduce_gradients(parameters):
+def part():
+    """The end of what is done together: from here on every process is on its own."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def average_gradients(parameters):
     """Mean of the gradients over all processes, in the parameters' order; nothing to do for a single one."""
     if not torch.distributed.is_initialized():
         return
     for p in parameters:
-        grad = p.grad if p.grad is not None else torch.zeros_like(p)     # every process must take part in every sum
-        torch.distributed.all_reduce(grad)
-        p.grad = grad / torch.distributed.get_world_size()
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad       # every process must take part in every sum
+        torch.distributed.all_reduce(p.grad)
+        p.grad /= torch.distributed.get_world_size()

@@ -4,9 +4,9 @@
 
 It is pretrained on text that this file generates, and on nothing else: descriptions of items, and single skills on
 random invented catalogues and on the toy world's catalogue, in the formats that the scripts prompt with. It never
-sees who likes what: wherever a prompt asks for a user's choice, the answer that it is taught is a uniformly random
-candidate (with a thought that honestly describes the history and then argues for that candidate). So it can follow
-the format, read a history and find an attribute, and it lacks the alignment, as a large LLM would.
+sees who likes what: wherever a prompt asks for a user's choice, the answer that it is taught is a random candidate,
+the first ones more often (large LLMs, too, prefer what comes first), after a thought that honestly describes the
+history. So it can follow the format, read a history, find an attribute and compare texts, and it lacks the alignment.
 """
 
 import argparse
@@ -123,22 +123,23 @@ def reason_text(rng, attributes, ranked):
             f"They enjoy {a}, and here it comes with {b}.", f"The mix of {a}, {b}, fits well.")[rng.integers(4)]
 
 
-SKILLS = {"align": 0.26, "similar": 0.18, "which": 0.16, "pattern": 0.12, "reason": 0.12, "share": 0.06,
-          "describe": 0.03, "category": 0.03, "yesno": 0.04}
+SKILLS = {"align": 0.24, "similar": 0.26, "which": 0.14, "pattern": 0.12, "reason": 0.12, "share": 0.05,
+          "describe": 0.02, "category": 0.03, "yesno": 0.02}
 
 
 def sample(rng, world, stage=1.0):
     """One (skill, prompt, completion). `stage` in [0, 1]: histories grow from 2 to 10 lines over the training."""
-    c = Catalogue(rng, world if rng.random() < 0.8 - 0.4 * stage else None)
+    c = Catalogue(rng, world if rng.random() < 0.65 else None)
     most = 2 + int(round(8 * stage))
     items, ranked, counts = c.history(int(rng.integers(1, most + 1)))
     history = [c.line(i) for i in items]
     size = int(rng.choice([4, 5, 5, 5, 5, 8]))
     candidates = rng.choice(len(c.titles), size, replace=False)
     lines = [c.line(i) for i in candidates]
-    pick = int(rng.integers(len(candidates)))
+    first = 0.75 ** np.arange(size)
+    pick = int(rng.choice(size, p=first / first.sum()))
     attributes = c.attributes[candidates[pick]]
-    looked_for = [str(a) for a in rng.permutation(attributes)][:rng.integers(1, 3)]
+    looked_for = [a for a in attributes if rng.random() < 0.6] or [str(rng.choice(attributes))]
     skill = str(rng.choice(list(SKILLS), p=list(SKILLS.values())))
     quoted = lettered(lines[pick], pick)
     if skill == "align":                                  # the answer is random: a format, and no knowledge of users
@@ -337,12 +338,17 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", default=None, help="go on from this folder, with lists of full length at once")
     parser.add_argument("--minutes", type=float, default=None, help="stop (with a decayed rate) after about so long")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     world = toy.make()
-    tokenizer = make_tokenizer(np.random.default_rng(args.seed), world)
-    model = make_model(tokenizer, args.seed).to(device)
+    if args.init:
+        tokenizer = AutoTokenizer.from_pretrained(args.init)
+        model = Qwen2ForCausalLM.from_pretrained(args.init, dtype=torch.float32).to(device)
+    else:
+        tokenizer = make_tokenizer(np.random.default_rng(args.seed), world)
+        model = make_model(tokenizer, args.seed).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     model.set_attn_implementation("eager")                     # at these lengths faster than the fused kernel on a CPU
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -350,7 +356,7 @@ def main():
     optimizers = [torch.optim.Muon(matrices, lr=2 * args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)]
     start, losses, letters = time.time(), [], []
-    elapsed = stage = 0.0
+    elapsed, stage = 0.0, float(args.init is not None)
     source = batches(tokenizer, args.seed, args.batch, world, stage=lambda: stage)
     print(f"{parameters:,} parameters, {len(tokenizer):,} tokens", flush=True)
     for step in progress(range(args.steps), "pretraining", args.steps):

@@ -163,18 +163,23 @@ def strip(tensors, word):
 class Run:
     """A run folder: args.json, metrics.jsonl, checkpoints NAME.safetensors, phases.json, result.json.
 
-    args: the script's Args. fingerprint: of the data. free: arguments that may differ on --resume.
+    args: the script's Args. fingerprint: of the data. free: arguments that may differ on --resume. rank: processes
+    other than 0 wait for the folder and only read.
     Raises UserError when the folder holds another run, or one with other settings.
     """
 
-    def __init__(self, args, script, fingerprint, free=()):
-        self.script, self.clock = script, None
+    def __init__(self, args, script, fingerprint, free=(), rank=0):
+        self.script, self.clock, self.rank = script, None, rank
         tail = f"{Path(args.data).name}-{Path(args.backbone).name}-s{args.seed}"
         self.folder = Path(args.run or f"runs/{script}-{tail}")
         settings = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(args))).items()
                     if k not in {"run", "resume", "overwrite", "device", *free}}
         identity = {"format": FORMAT, "data_fingerprint": fingerprint, **settings}
         path = self.folder / "args.json"
+        if rank > 0:
+            torch.distributed.barrier()
+            self.phases = json.loads((self.folder / "phases.json").read_text()) if (self.folder / "phases.json").exists() else {}
+            return
         if args.overwrite and not args.resume and path.exists():             # only ever remove what is a run
             shutil.rmtree(self.folder)
         if path.exists():
@@ -194,6 +199,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(identity, indent=1, sort_keys=True))
         self.phases = json.loads((self.folder / "phases.json").read_text()) if (self.folder / "phases.json").exists() else {}
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
     # phases --------------------------------------------------------------------------------
     def done(self, phase):
@@ -298,6 +305,8 @@ class Run:
     def header(self, **facts):
         """What was run, on what, on which data: printed once and kept in header.json. No environment, so no keys."""
         import transformers
+        if self.rank > 0:
+            return
         facts = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                  "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
                              f"transformers {transformers.__version__}", **facts}

@@ -9,13 +9,13 @@ THE GENERATIVE MODEL
            popularity log-weight b_i (power law), and a factor c_i in R^4 that no text mentions
   user u   likes 2 genres and 2 themes. One of each pair is kept for life, the other fades out while a third fades in
            (t = 0 is the user's first choice, t = 1 the last): taste drifts. A factor d_u in R^4 goes with c_i.
-  taste    sem(u,i,t) = 2 (G + H) + 4 G H        with G = liking of g_i at time t, H = liking of h_i, both in [0, 1]
-           col(u,i)   = 0.8 <d_u, c_i> / 2       visible in behaviour only
+  taste    sem(u,i,t) = 3 (G + H) + 6 G H        with G = liking of g_i at time t, H = liking of h_i, both in [0, 1]
+           col(u,i)   = <d_u, c_i> / 2           visible in behaviour only
            s(u,i,t)   = sem + col
   misled   a share of the users are variety seekers: their semantic part is minus the overlap of item i with their
            last 10 choices. Whoever reads their history and recommends more of the same is wrong.
   choice   P(next = i | u, t, history) ~ exp(b_i + s(u,i,t)) over the items not chosen yet
-  rating   like with p_like(u, i) = sigmoid(s - 5): rating 4 or 5, otherwise 1 to 3
+  rating   like with p_like(u, i) = sigmoid(s - 7): rating 4 or 5, otherwise 1 to 3
   activity log-normal; a share of cold users has only 1 or 2 choices
 """
 
@@ -87,13 +87,13 @@ class World:
             for j in range(3):
                 np.maximum.at(liking, (np.arange(len(users)), self.liked[users, kind, j]), fade[:, j])
             match.append(liking[:, attribute])                                    # (B, n_items)
-        semantic = 2 * (match[0] + match[1]) + 4 * match[0] * match[1]
+        semantic = 3 * (match[0] + match[1]) + 6 * match[0] * match[1]
         seeker = self.misled[users]
         if seeker.any():                                                          # overlap with the last 10 choices
             past, known = recent[seeker], (recent[seeker] >= 0)[:, :, None]
             same = sum(((a[past][:, :, None] == a[None, None, :]) & known).sum(1) for a in (self.genre, self.theme))
             semantic[seeker] = -0.8 * same
-        return semantic + 0.8 * self.factor_user[users] @ self.factor_item.T / 2
+        return semantic + self.factor_user[users] @ self.factor_item.T / 2
 
     def _last_state(self, users, before=None):
         """Each user's last 10 choices (before position `before` in the user's own sequence, default all)."""
@@ -111,7 +111,7 @@ class World:
         users, items = np.atleast_1d(users), np.atleast_1d(items)
         distinct, row = np.unique(users, return_inverse=True)
         s = self.taste(distinct, np.ones(len(distinct)), self._last_state(distinct))
-        return 1 / (1 + np.exp(5 - s[row, items]))
+        return 1 / (1 + np.exp(7 - s[row, items]))
 
     def p_next(self, users, before, length):
         """The Bayes-optimal next-item scores: log P(i | u, t, history) up to a constant, (B, n_items).
@@ -154,7 +154,7 @@ def describe(categories, rng):
     return DESCRIPTIONS[rng.integers(len(DESCRIPTIONS))].format(a=a, b=b, A=a[0].upper() + a[1:])
 
 
-def make(n_users=600, n_items=400, n_interactions=15000, misled=0.12, cold=0.08, seed=0, catalogue_seed=0):
+def make(n_users=600, n_items=400, n_interactions=15000, misled=0.1, cold=0.08, seed=0, catalogue_seed=0):
     """Generate a world. Shares `misled` and `cold` are of the users; the count of interactions is met within 2 %.
 
     Raises ValueError for sizes that leave a user nothing to choose.
@@ -165,7 +165,7 @@ def make(n_users=600, n_items=400, n_interactions=15000, misled=0.12, cold=0.08,
     rng = np.random.default_rng([seed, 1])
     liked = np.stack([[rng.choice(8, 3, replace=False) for _ in range(2)] for _ in range(n_users)])
     world = World(titles, categories, texts, genre, theme,
-                  bias=-1.1 * np.log1p(rng.permutation(n_items) / 5.0),
+                  bias=-1.6 * np.log1p(rng.permutation(n_items) / 5.0),
                   factor_item=rng.standard_normal((n_items, 4)), factor_user=rng.standard_normal((n_users, 4)),
                   liked=liked, misled=rng.random(n_users) < misled, cold=rng.random(n_users) < cold,
                   name=f"toy-{n_users}x{n_items}x{n_interactions}-m{misled}-c{cold}-s{seed}-k{catalogue_seed}")
@@ -189,7 +189,7 @@ def make(n_users=600, n_items=400, n_interactions=15000, misled=0.12, cold=0.08,
         score = world.bias + s + rng.gumbel(size=s.shape)
         score[seen[active]] = -np.inf
         chosen = score.argmax(1)
-        liked_it = rng.random(len(active)) < 1 / (1 + np.exp(5 - s[np.arange(len(active)), chosen]))
+        liked_it = rng.random(len(active)) < 1 / (1 + np.exp(7 - s[np.arange(len(active)), chosen]))
         rating = np.where(liked_it, rng.integers(4, 6, len(active)), rng.integers(1, 4, len(active)))
         rows.append((active, chosen, rating, start[active] + 86_400 * (k + rng.random(len(active)) * 0.9)))
         seen[active, chosen] = True

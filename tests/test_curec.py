@@ -354,6 +354,15 @@ def command(folder, *extra):
     return [sys.executable, str(ROOT / "curec.py"), *flags, "--run", str(folder), *extra]
 
 
+def test_two_processes_under_torchrun_share_the_alignment_and_print_one_result(tmp_path):
+    run = command(tmp_path / "two", "--align-prompts", "4")
+    out = subprocess.run([run[0], "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29519", "--", *run[1:]],
+                         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.count("RESULT {") == 1 and "cpu x 2" in out.stdout
+
+
+
 def result_of(out):
     return out.strip().splitlines()[-1]
 

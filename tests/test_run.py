@@ -211,11 +211,11 @@ def test_a_device_that_is_not_there_is_one_line():
 
 def test_gradients_are_averaged_over_two_processes(tmp_path):
     code = ("import sys, os; sys.path.insert(0, sys.argv[1])\nimport torch\nfrom common import cuda\n"
-            "rank, world = cuda.init_distributed()\n"
+            "rank, world = cuda.join()\n"
             "p, q = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))\n"
             "p.grad = torch.full((2,), float(rank + 1))\n"
             "if rank == 0: q.grad = torch.ones(1)\n"
-            "cuda.all_reduce_gradients([p, q])\n"
+            "cuda.average_gradients([p, q])\n"
             "assert p.grad.tolist() == [1.5, 1.5] and q.grad.tolist() == [0.5], (p.grad, q.grad)\n")
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     children = [subprocess.Popen([sys.executable, "-c", code, str(ROOT)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
