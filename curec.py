@@ -39,7 +39,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +50,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import cuda, data as datasets, llm, lora, metrics
-from common.prompts import LETTERS, candidate_lines, history_lines, item_line
+from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit
 from common.run import Run, UserError, main, prefix, progress, strip
+from common.sequences import Logs, bayes, popularity
 
 
 # 2 ---------------------------------------------------------------------------------------------------- arguments
@@ -168,7 +168,7 @@ class RewardModel(nn.Module):
         self.user, self.item = nn.Embedding(n_users, D), nn.Embedding(n_items + 1, D, padding_idx=0)
         self.position = nn.Embedding(args.max_history, D)
         for table in (self.user, self.item, self.position):
-            nn.init.normal_(table.weight, std=0.1)
+            nn.init.normal_(table.weight, std=0.02)
         self.query, self.key, self.value = (nn.Linear(text_dim, D) for _ in range(3))
         self.of_user = nn.Linear(text_dim, D)                    # the pattern also speaks for the user directly
         self.no_reason_key, self.no_reason_value = (nn.Parameter(torch.zeros(D)) for _ in range(2))
@@ -281,7 +281,7 @@ class RewardModel(nn.Module):
         """Training: every position of `sequence` (B, L) is a target, judged on what came before it, together with
         `negatives` (B, K) at every position -> positive logits (B, L), negative logits (B, L, K).
 
-        DIN has no softmax, so its pooled vector at time t is a running sum over the past: one pass gives all times.
+        DIN has no softmax, so its weights do not change with time, only how many are summed: one pass gives all times.
         Equal to `forward` on each prefix (tested).
         """
         L, scale = sequence.shape[1], 1 / math.sqrt(self.args.max_history)
@@ -293,8 +293,8 @@ class RewardModel(nn.Module):
         pooled = (self.unit.weights(z, H) * earlier) @ of_past
         positive = self.head(users, sequence, texts, z, u, pooled, (z * before).sum(-1))
         zn = self.z(users, negatives, texts, blind=self.training)
-        running = (self.unit.weights(zn, H)[..., None] * of_past[:, None]).cumsum(2)          # (B, K, L, 64)
-        running = F.pad(running[:, :, :-1], (0, 0, 1, 0))
+        shares = self.unit.weights(zn, H)[:, :, None] * earlier                               # (B, K, L, L)
+        running = (shares.flatten(1, 2) @ of_past).view(*shares.shape[:3], -1)                # (B, K, L, 64)
         negative = self.head(users, negatives, texts, zn, u, running, zn @ before.transpose(1, 2))
         return positive, negative.transpose(1, 2)
 
@@ -348,6 +348,17 @@ def pattern_prompt(history):
 
 def reason_prompt(history, pattern, item):
     return REASON.format(history=history_lines(history), pattern=pattern or "not known yet", item=item)
+
+
+def align_examples(logs, users, positions, candidates, seed):
+    """Prompts and target letters: the item at each position, hidden among random items the user never chose."""
+    others = datasets.negatives(logs.data, users, candidates - 1, seed)
+    slot = np.random.default_rng([seed, 7]).integers(0, candidates, len(users))
+    prompts = []
+    for b, (u, p) in enumerate(zip(users, positions)):
+        shown = np.insert(others[b], slot[b], logs.item_at(u, p))
+        prompts.append(align_prompt(logs.history(u, p), [logs.lines[i] for i in shown]))
+    return prompts, slot
 
 
 def rule_rewards(text, n_candidates, target):
@@ -488,9 +499,7 @@ class Policy:
         stats = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(1).mean()),
                  "frac_zero_std": float((~mixed).float().mean()),
                  "length": float(out.lengths.float().mean()), "truncated_frac": float(out.truncated.float().mean())}
-        if args.zero_std == "drop":
-            if not mixed.any():
-                return stats | {"loss": 0.0, "grad_norm": 0.0}
+        if args.zero_std == "drop" and mixed.any():                           # with no signal at all only the KL acts
             tokens = [t for t, keep in zip(tokens, mixed.tolist()) if keep]
             out, adv = out.select(mixed), adv[mixed]
         packed = llm.pack(tokens, out.tokens, out.lengths).to(self.device)
@@ -511,76 +520,6 @@ class Policy:
         self.optimizer.step()
         entropy = float((new.entropy * mask).sum() / mask.sum().clamp(min=1))
         return stats | extra | {"entropy": entropy, "loss": loss.item(), "grad_norm": float(norm)}
-
-
-class Logs:
-    """The interactions as the phases read them: per user a sequence in time order, the last two held out.
-
-    sequence[u]: item ids, oldest first. n_train[u]: how many of them may be learned from; position n_train[u] is the
-    validation target and n_train[u] + 1 the test target (users with fewer than 3 interactions have neither).
-    """
-
-    def __init__(self, data, history):
-        self.data, self.history_length = data, history
-        self.lines = [item_line(t, c) for t, c in zip(data.titles, data.categories)]
-        order = np.argsort(data.user, kind="stable")                          # the data are sorted by time already
-        self.bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
-        self.items, self.times = data.item[order], data.time[order]
-        length = np.diff(self.bounds)
-        self.n_train = np.where(length >= 3, length - 2, length)
-        self.judged = np.flatnonzero(length >= 3)                             # users with a validation and test target
-
-    def sequence(self, u):
-        return self.items[self.bounds[u]:self.bounds[u + 1]]
-
-    def item_at(self, users, positions):
-        return self.items[self.bounds[users] + positions]
-
-    def history(self, u, before):
-        """The last titles of user u before position `before`, as prompt lines: nothing at or after it is read."""
-        return [self.lines[i] for i in self.sequence(u)[max(0, before - self.history_length):before]]
-
-    def train_events(self):
-        """(users, positions) of all training interactions in time order, ties by user: stable and total."""
-        users = np.repeat(np.arange(len(self.n_train)), self.n_train)
-        positions = np.concatenate([np.arange(n) for n in self.n_train])
-        order = np.lexsort((positions, users, self.times[self.bounds[users] + positions]))
-        return users[order], positions[order]
-
-    def align_examples(self, users, positions, candidates, seed):
-        """Prompts and target letters: the item at each position, hidden among random items the user never chose."""
-        others = datasets.negatives(self.data, users, candidates - 1, seed)
-        slot = np.random.default_rng([seed, 7]).integers(0, candidates, len(users))
-        prompts = []
-        for b, (u, p) in enumerate(zip(users, positions)):
-            shown = np.insert(others[b], slot[b], self.item_at(u, p))
-            prompts.append(align_prompt(self.history(u, p), [self.lines[i] for i in shown]))
-        return prompts, slot
-
-    def histories(self, users, before, length, after=None):
-        """(B, length) item ids + 1: the items of each user before position `before` (and from `after` on), at most
-        `length` of them, oldest first, padded with 0 at the end."""
-        first = np.maximum(before - length, 0 if after is None else after)
-        index = first[:, None] + np.arange(length)
-        real = index < np.asarray(before)[:, None]
-        flat = np.minimum(self.bounds[users][:, None] + index, len(self.items) - 1)
-        return torch.from_numpy(np.where(real, self.items[flat].astype(np.int64) + 1, 0))
-
-    def windows(self, length, size, rng):
-        """Cut every training sequence into windows of at most `length`, at cuts that move, and group windows of like
-        length into batches of `size` -> list of (users, starts, ends), shuffled."""
-        users, cuts = [], []
-        for u in np.flatnonzero(self.n_train > 0):
-            n = self.n_train[u]
-            first = int(rng.integers(0, length)) if n > length else 0
-            cut = np.arange(first - length if first else 0, n, length)
-            users.append(np.full(len(cut), u))
-            cuts.append(cut)
-        users, cuts = np.concatenate(users), np.concatenate(cuts)
-        starts, ends = np.maximum(cuts, 0), np.minimum(cuts + length, self.n_train[users])
-        order = np.lexsort((rng.random(len(users)), (ends - starts) // 4))        # nearly sorted, ties at random
-        batches = [(users[k], starts[k], ends[k]) for k in np.array_split(order, max(1, round(len(order) / size)))]
-        return [batches[k] for k in rng.permutation(len(batches))]
 
 
 # 7 ---------------------------------------------------------------------------------------------------- evaluation
@@ -625,7 +564,7 @@ def align(args, run, policy, logs):
     rank, world = cuda.join()
     def held_out(offset):
         users = np.random.default_rng([args.seed, 3]).permutation(logs.judged)[:args.eval_prompts]
-        return logs.align_examples(users, logs.n_train[users] + offset, args.candidates, args.seed + 11 * offset)
+        return align_examples(logs, users, logs.n_train[users] + offset, args.candidates, args.seed + 11 * offset)
     saved = run.load("align")
     if saved is None:
         step, best = 0, -1.0
@@ -643,7 +582,7 @@ def align(args, run, policy, logs):
     for step in progress(range(step, args.align_steps), "align", args.align_steps, initial=step):
         rng = np.random.default_rng([args.seed, 5, step])
         pick = rng.integers(0, len(users), args.align_prompts)
-        prompts, targets = logs.align_examples(users[pick], positions[pick], args.candidates, cuda.key_seed(args.seed, "candidates", step) % 2**31)
+        prompts, targets = align_examples(logs, users[pick], positions[pick], args.candidates, cuda.key_seed(args.seed, "candidates", step) % 2**31)
         prompts, targets = prompts[rank::world], targets[rank::world]
         tokens, out, texts = policy.sample(prompts, args.align_tokens, ("align", step, rank))
         rules = torch.tensor([[rule_rewards(t, args.candidates, k) for t in group] for group, k in zip(texts, targets)],
@@ -851,7 +790,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
             torch.manual_seed(cuda.key_seed(args.seed, "rm", epoch, s) % 2**31)               # dropout, on resume too
             sequence = logs.histories(u, end, int((end - start).max()), start).to(device)
             others = datasets.negatives(logs.data, u, args.negatives, cuda.key_seed(args.seed, "neg", epoch, s) % 2**31)
-            lr = args.rm_lr * min(1.0, (epoch * count + s + 1) / 100)
+            lr = args.rm_lr * min((epoch * count + s + 1) / 100, 1.02 - (epoch + s / count) / args.rm_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -1047,30 +986,6 @@ def restore_texts(args, run, name, logs, device):
     tensors, state = run.load(name)
     texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, args.text_dim, device)
     return texts.restore(tensors, state)
-
-
-def popularity(logs):
-    """The baseline that knows nobody: items by how often they were chosen in training."""
-    users, positions = logs.train_events()
-    count = np.bincount(logs.item_at(users, positions), minlength=len(logs.data.items)).astype(float)
-    ranks = []
-    for u in logs.judged:
-        seen = np.zeros((1, len(count)), dtype=bool)
-        seen[0, logs.sequence(u)[:logs.n_train[u] + 1]] = True
-        ranks.append(metrics.ranks_of(count[None], logs.item_at(np.array([u]), logs.n_train[[u]] + 1), seen)[0])
-    return metrics.ranking_report(np.array(ranks))
-
-
-def bayes(logs):
-    """The toy world's own next-item law as a ranker: nothing can do better on average."""
-    world, users = logs.data.world, logs.judged
-    raw = np.array([int(logs.data.users[u][1:]) for u in users])
-    length = np.diff(logs.bounds)[users]
-    scores = world.p_next(raw, length - 1, length)[:, [int(i[1:]) for i in logs.data.items]]
-    seen = np.zeros(scores.shape, dtype=bool)
-    for row, u in enumerate(users):
-        seen[row, logs.sequence(u)[:-1]] = True
-    return metrics.ranking_report(metrics.ranks_of(scores, logs.item_at(users, length - 1), seen))
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ history. So it can follow the format, read a history, find an attribute and comp
 
 import argparse
 import json
-import math
 import os
 import tempfile
 import time
@@ -136,7 +135,7 @@ def sample(rng, world, stage=1.0):
     size = int(rng.choice([4, 5, 5, 5, 5, 8]))
     candidates = rng.choice(len(c.titles), size, replace=False)
     lines = [c.line(i) for i in candidates]
-    first = 0.75 ** np.arange(size)
+    first = 0.5 ** np.arange(size)
     pick = int(rng.choice(size, p=first / first.sum()))
     attributes = c.attributes[candidates[pick]]
     looked_for = [a for a in attributes if rng.random() < 0.6] or [str(rng.choice(attributes))]

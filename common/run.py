@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import sys
@@ -22,7 +21,6 @@ import types
 import typing
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file

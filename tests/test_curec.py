@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 import curec
-from common import cuda, toy
 from common.run import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -284,7 +283,7 @@ def test_no_prompt_shows_the_item_it_asks_for_or_anything_after_it():
     for u, p in zip(users[::17], positions[::17]):
         now_and_later = {logs.lines[i] for i in logs.sequence(u)[p:]}
         assert not now_and_later & set(logs.history(u, p))
-    prompts, targets = logs.align_examples(users[:50], positions[:50], 5, 3)
+    prompts, targets = curec.align_examples(logs, users[:50], positions[:50], 5, 3)
     for prompt, target, u, p in zip(prompts, targets, users, positions):
         lines = prompt.split("choose next?\n")[1].split("\n")[:5]
         assert lines[target] == f"* {logs.lines[logs.item_at(u, p)]} [{'ABCDE'[target]}]"

@@ -1,0 +1,92 @@
+"""Interactions as sequences: who chose what in which order, what may be learned from, and two rankers that need no
+training to compare with."""
+
+import numpy as np
+import torch
+
+from common import metrics
+from common.prompts import item_line
+
+
+class Logs:
+    """The interactions as the phases read them: per user a sequence in time order, the last two held out.
+
+    sequence[u]: item ids, oldest first. n_train[u]: how many of them may be learned from; position n_train[u] is the
+    validation target and n_train[u] + 1 the test target (users with fewer than 3 interactions have neither).
+    """
+
+    def __init__(self, data, history):
+        self.data, self.history_length = data, history
+        self.lines = [item_line(t, c) for t, c in zip(data.titles, data.categories)]
+        order = np.argsort(data.user, kind="stable")                          # the data are sorted by time already
+        self.bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
+        self.items, self.times = data.item[order], data.time[order]
+        length = np.diff(self.bounds)
+        self.n_train = np.where(length >= 3, length - 2, length)
+        self.judged = np.flatnonzero(length >= 3)                             # users with a validation and test target
+
+    def sequence(self, u):
+        return self.items[self.bounds[u]:self.bounds[u + 1]]
+
+    def item_at(self, users, positions):
+        return self.items[self.bounds[users] + positions]
+
+    def history(self, u, before):
+        """The last titles of user u before position `before`, as prompt lines: nothing at or after it is read."""
+        return [self.lines[i] for i in self.sequence(u)[max(0, before - self.history_length):before]]
+
+    def train_events(self):
+        """(users, positions) of all training interactions in time order, ties by user: stable and total."""
+        users = np.repeat(np.arange(len(self.n_train)), self.n_train)
+        positions = np.concatenate([np.arange(n) for n in self.n_train])
+        order = np.lexsort((positions, users, self.times[self.bounds[users] + positions]))
+        return users[order], positions[order]
+
+    def histories(self, users, before, length, after=None):
+        """(B, length) item ids + 1: the items of each user before position `before` (and from `after` on), at most
+        `length` of them, oldest first, padded with 0 at the end."""
+        first = np.maximum(before - length, 0 if after is None else after)
+        index = first[:, None] + np.arange(length)
+        real = index < np.asarray(before)[:, None]
+        flat = np.minimum(self.bounds[users][:, None] + index, len(self.items) - 1)
+        return torch.from_numpy(np.where(real, self.items[flat].astype(np.int64) + 1, 0))
+
+    def windows(self, length, size, rng):
+        """Cut every training sequence into windows of at most `length`, at cuts that move, and group windows of like
+        length into batches of `size` -> list of (users, starts, ends), shuffled."""
+        users, cuts = [], []
+        for u in np.flatnonzero(self.n_train > 0):
+            n = self.n_train[u]
+            first = int(rng.integers(0, length)) if n > length else 0
+            cut = np.arange(first - length if first else 0, n, length)
+            users.append(np.full(len(cut), u))
+            cuts.append(cut)
+        users, cuts = np.concatenate(users), np.concatenate(cuts)
+        starts, ends = np.maximum(cuts, 0), np.minimum(cuts + length, self.n_train[users])
+        order = np.lexsort((rng.random(len(users)), (ends - starts) // 4))        # nearly sorted, ties at random
+        batches = [(users[k], starts[k], ends[k]) for k in np.array_split(order, max(1, round(len(order) / size)))]
+        return [batches[k] for k in rng.permutation(len(batches))]
+
+
+def popularity(logs):
+    """The baseline that knows nobody: items by how often they were chosen in training."""
+    users, positions = logs.train_events()
+    count = np.bincount(logs.item_at(users, positions), minlength=len(logs.data.items)).astype(float)
+    ranks = []
+    for u in logs.judged:
+        seen = np.zeros((1, len(count)), dtype=bool)
+        seen[0, logs.sequence(u)[:logs.n_train[u] + 1]] = True
+        ranks.append(metrics.ranks_of(count[None], logs.item_at(np.array([u]), logs.n_train[[u]] + 1), seen)[0])
+    return metrics.ranking_report(np.array(ranks))
+
+
+def bayes(logs):
+    """The toy world's own next-item law as a ranker: nothing can do better on average."""
+    world, users = logs.data.world, logs.judged
+    raw = np.array([int(logs.data.users[u][1:]) for u in users])
+    length = np.diff(logs.bounds)[users]
+    scores = world.p_next(raw, length - 1, length)[:, [int(i[1:]) for i in logs.data.items]]
+    seen = np.zeros(scores.shape, dtype=bool)
+    for row, u in enumerate(users):
+        seen[row, logs.sequence(u)[:-1]] = True
+    return metrics.ranking_report(metrics.ranks_of(scores, logs.item_at(users, length - 1), seen))
