@@ -1065,15 +1065,16 @@ def served_texts(args, run, logs, device):
 
 
 WRITTEN = ("aligned.safetensors", "align.safetensors", "texts.safetensors", "texts.jsonl")
+FITTED = (*WRITTEN, "reward.safetensors")
 VARIANTS = {   # name: (what changes, phases taken over from "full", their files)
     "full": ({}, (), ()),
-    "w/o pretraining": ({"align": False}, (), ()),
-    "w/o correction": ({"correct": False}, ("align", "write", "reward"), (*WRITTEN, "reward.safetensors")),
-    "w/o update": ({"update": False}, ("align", "write", "reward"), (*WRITTEN, "reward.safetensors")),
-    "shuffled order": ({"shuffled_order": True}, ("align", "write", "reward"), (*WRITTEN, "reward.safetensors")),
+    "ids only": ({"features": "ids"}, (), ()),
     "random reasons": ({"random_reasons": True, "correct": False}, ("align", "write"), WRITTEN),
     "content only": ({"features": "text", "correct": False}, ("align", "write"), WRITTEN),
-    "ids only": ({"features": "ids"}, (), ()),
+    "w/o correction": ({"correct": False}, ("align", "write", "reward"), FITTED),
+    "w/o update": ({"update": False}, ("align", "write", "reward"), FITTED),
+    "shuffled order": ({"shuffled_order": True}, ("align", "write", "reward"), FITTED),
+    "w/o pretraining": ({"align": False}, (), ()),
 }
 
 
@@ -1095,12 +1096,25 @@ def ablations(args):
             elif (folder / "phases.json").exists():
                 now = dataclasses.replace(now, resume=True, overwrite=False)
             table.setdefault(name, []).append(train(now))
-    print(f"\n{'':18} {'NDCG@10':>16} {'Recall@10':>16} {'NDCG@20':>16}   (test, mean ± std over {len(table['full'])} seeds)")
+    full = table["full"]
+    columns = {"NDCG@10": lambda r: r["test"]["ndcg@10"], "Recall@10": lambda r: r["test"]["recall@10"],
+               "NDCG@20": lambda r: r["test"]["ndcg@20"], "attention": lambda r: r["attention_entropy"]["mean"],
+               "aligned": lambda r: r["align"]["after"]["correct"]}
+    print(f"\ntest, mean ± std over {len(full)} seeds; attention: entropy on reasons, 1 = flat; aligned: right answers of "
+          f"the LLM\n{'':18}" + "".join(f"{name:>18}" for name in columns))
+    table |= {name: [{"test": r[key]} for r in full] for name, key in (("popularity", "popularity"),
+              ("Bayes-optimal", "bayes_optimal")) if key in full[0]}
     rows = {}
     for name, results in table.items():
-        cells = {k: metrics.mean_std([r["test"][k] for r in results]) for k in ("ndcg@10", "recall@10", "ndcg@20")}
-        rows[name] = {k: {"mean": round(m, 4), "std": round(s, 4) if s == s else None} for k, (m, s) in cells.items()}
-        print(f"{name:18} " + " ".join(f"{m:9.4f} ± {s:.4f}" for m, s in cells.values()))
+        rows[name] = {}
+        for column, value in columns.items():
+            try:
+                mean, std = metrics.mean_std([value(r) for r in results])
+            except KeyError:                                              # this variant has no such phase
+                continue
+            rows[name][column] = {"mean": round(mean, 4), "std": round(std, 4) if std == std else None}
+        print(f"{name:18}" + "".join(f"{cell['mean']:9.4f} ± {cell['std'] or 0:.4f}" if (cell := rows[name].get(c)) else " " * 18
+                                     for c in columns))
     print("RESULT " + json.dumps({"ablations": rows, "data": args.data, "backbone": args.backbone}, sort_keys=True))
     return rows
 
