@@ -87,7 +87,7 @@ class Args:
     lora_alpha: float = 32.0  # α
     # -- alignment (phase 1)
     align: bool = True  # --no-align is the ablation without pretraining
-    align_steps: int = 120  # GRPO steps
+    align_steps: int = 80  # GRPO steps
     align_prompts: int = 16  # prompts a step
     candidates: int = 5  # candidates in a prompt: the next item and random unseen ones
     weights: tuple[float, ...] = (0.1, 0.1, 1.0)  # w_f, w_l, w_c of [1]
@@ -123,14 +123,14 @@ class Args:
     rm_batch: int = 16  # windows per step
     rm_lr: float = 4e-3  # learning rate
     weight_decay: float = 0.01  # of matrices and embeddings
-    rm_epochs: int = 60  # at most
+    rm_epochs: int = 30  # at most
     rm_patience: int = 6  # epochs without a better validation NDCG@10
     rm_valid_users: int = 1000  # users that validation ranks for
     # -- correction (phase 4)
     correct: bool = True  # --no-correct is the ablation without correction
     update: bool = True  # --no-update steps the LLM and leaves pattern and reason as they are
     shuffled_order: bool = False  # ablation: the same interactions in random order
-    correct_events: int = 512  # so many latest training interactions, in time order
+    correct_events: int = 256  # so many latest training interactions, in time order
     correct_batch: int = 16  # independent interactions that share a GRPO step
     correct_lr_scale: float = 0.3  # GRPO's rate here, relative to phase 1
     refit: bool = False  # train the reward model anew on the corrected texts

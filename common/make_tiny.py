@@ -122,7 +122,7 @@ def reason_text(rng, attributes, ranked):
             f"They enjoy {a}, and here it comes with {b}.", f"The mix of {a}, {b}, fits well.")[rng.integers(4)]
 
 
-SKILLS = {"align": 0.24, "similar": 0.26, "which": 0.14, "pattern": 0.12, "reason": 0.12, "share": 0.05,
+SKILLS = {"align": 0.22, "similar": 0.24, "which": 0.12, "pattern": 0.11, "reason": 0.12, "match": 0.08, "share": 0.04,
           "describe": 0.02, "category": 0.03, "yesno": 0.02}
 
 
@@ -158,6 +158,11 @@ def sample(rng, world, stage=1.0):
         return (skill, f"{history_lines(history)}\nWhich of these has most in common with the titles above?\n"
                        f"{candidate_lines(lines)}",
                 f"{thought(ranked, lettered(lines[pick], pick))}\n<answer>{LETTERS[pick]}</answer>")
+    if skill == "match":                                  # another one: does it share most titles' taste, or none of it?
+        common = [sum(counts.get(a, 0) for a in c.attributes[k]) + 0.5 * rng.random() for k in candidates]
+        pick = int((np.argmax, np.argmin)[rng.integers(2)](common))
+        return (skill, f"{history_lines(history)}\nDoes this have much in common with the titles above?\n- {lines[pick]}\n"
+                       "Answer Yes or No.", "Yes" if pick == int(np.argmax(common)) else "No")
     if skill == "share":
         return skill, f"What do most of these titles have in common?\n{history_lines(history)}", f"They have {ranked[0]}."
     if skill == "describe":
@@ -313,8 +318,8 @@ def skills(model, tokenizer, world, seed=10**6, n=1024):
 CARD = """# tiny
 
 A Qwen2-architecture causal LM of {parameters:,} parameters with its own byte-level BPE tokenizer ({vocab:,} tokens),
-made by `make backbone` from text that `common/make_tiny.py` generates ({steps:,} steps of {batch} texts, seed {seed},
-{minutes:.0f} minutes on {device}). It knows single skills and has never seen who likes what. It is a teaching and test
+trained on text that `common/make_tiny.py` generates ({made}; a sitting after
+the first goes on with `--init`; `make backbone` trains a new one). It knows single skills and has never seen who likes what. It is a teaching and test
 device: it writes short templated English and knows nothing of the world. Same licence as this repository.
 
 Exact match on {n:,} fresh prompts (random catalogues and the toy world's), greedy:
@@ -326,7 +331,7 @@ Exact match on {n:,} fresh prompts (random catalogues and the toy world's), gree
 `which`: quote the only candidate with the attributes asked for and give its letter. `pattern`: the two most frequent attributes of a
 history of 1-10 titles (ties make 1.0 impossible). `similar`: the letter of the candidate whose attributes
 occur most in a list of titles (ties, too). `share`: the most frequent one. `category`: recall or read an
-item's categories. `yesno`: is title X about Y.
+item's categories. `yesno`: is title X about Y. `match`: has a title much in common with a list of titles.
 """
 
 
@@ -341,6 +346,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=None, help="stop (with a decayed rate) after about so long")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.init and Path(args.init).resolve() == Path(args.out).resolve():
+        parser.error("--init and --out name the same folder")
     world = toy.make()
     if args.init:
         tokenizer = AutoTokenizer.from_pretrained(args.init)
@@ -387,13 +394,17 @@ def main():
                   f"{time.time() - start:.0f} s", flush=True)
         if step % 500 == 499:
             save(model, tokenizer, args.out)
+    sittings = getattr(model.config, "pretraining", []) + [
+        {"steps": len(losses), "batch": args.batch, "seed": args.seed, "device": device,
+         "minutes": round((time.time() - start) / 60)}]
+    model.config.pretraining = sittings
     save(model, tokenizer, args.out)
     model.set_attn_implementation("sdpa")                      # the one that knows the masks of common/llm.py
     rates = skills(model.eval().float(), tokenizer, world)
     rows = "\n".join(f"| {skill} | {rate:.3f} |" for skill, rate in rates.items())
+    made = "; ".join("{steps:,} steps of {batch} texts, seed {seed}, {minutes} minutes on {device}".format(**x) for x in sittings)
     (Path(args.out) / "README.md").write_text(CARD.format(
-        parameters=parameters, vocab=len(tokenizer), steps=step + 1, batch=args.batch, seed=args.seed, device=device,
-        minutes=(time.time() - start) / 60, n=1024, rows=rows))
+        parameters=parameters, vocab=len(tokenizer), made=made, n=1024, rows=rows))
     print("RESULT " + json.dumps(rates, sort_keys=True))
 
 
