@@ -120,6 +120,7 @@ class Args:
     dropout: float = 0.2  # in the reward model
     rm_loss: Literal["softmax", "bce"] = "softmax"  # of an interaction against the negatives
     negatives: int = 64  # unseen items per training window, judged at each of its positions
+    negative_power: float = 0.0  # they are drawn by popularity to this power, and the loss corrected for it; 0 is uniform
     rm_batch: int = 16  # windows per step
     rm_lr: float = 4e-3  # learning rate
     weight_decay: float = 0.01  # of matrices and embeddings
@@ -429,12 +430,16 @@ def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k
     return loss, stats
 
 
-def recommendation_loss(positive, negative, kind="softmax"):
+def recommendation_loss(positive, negative, kind="softmax", log_q=None):
     """Of an interaction against K unseen items: positive (B, L), negative (B, L, K) logits -> (B, L).
+    log_q ((B, L), (B, 1, K)): how likely the sampler draws each; without it, all alike. Subtracted, it makes the
+    softmax over a sample estimate the softmax over the catalogue (Bengio and Senecal 2003).
 
     The paper does not name its loss. softmax: -log of the positive's share among the 1 + K, which puts the weight on
     the negatives that rank high. bce: the mean binary cross-entropy of the 1 + K labels.
     """
+    if log_q is not None:
+        positive, negative = positive - log_q[0], negative - log_q[1]
     if kind == "bce":
         return (F.softplus(-positive) + F.softplus(negative).sum(-1)) / (1 + negative.shape[-1])
     return torch.logsumexp(torch.cat([positive[..., None], negative], -1), -1) - positive
@@ -770,6 +775,9 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], lr=args.rm_lr)
     L = args.max_history
+    users, positions = logs.train_events()
+    weights = (np.bincount(logs.item_at(users, positions), minlength=len(logs.data.items)) + 1.0) ** args.negative_power
+    log_q = torch.as_tensor(np.log(weights / weights.mean()), dtype=torch.float32, device=device)
     # A user's training sequence is cut into windows of L targets; the cut moves from epoch to epoch.
     saved, first, best, best_epoch, stale = run.load(name), 0, -1.0, 0, 0
     best_model = {k: v.clone() for k, v in model.state_dict().items()}
@@ -789,7 +797,8 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
         for s, (u, start, end) in enumerate(progress(batches, f"reward model, epoch {epoch + 1}", count)):
             torch.manual_seed(cuda.key_seed(args.seed, "rm", epoch, s) % 2**31)               # dropout, on resume too
             sequence = logs.histories(u, end, int((end - start).max()), start).to(device)
-            others = datasets.negatives(logs.data, u, args.negatives, cuda.key_seed(args.seed, "neg", epoch, s) % 2**31)
+            others = datasets.negatives(logs.data, u, args.negatives, cuda.key_seed(args.seed, "neg", epoch, s) % 2**31,
+                                        weights=weights if args.negative_power else None)
             lr = args.rm_lr * min((epoch * count + s + 1) / 100, 1.02 - (epoch + s / count) / args.rm_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -797,7 +806,8 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
                 positive, negative = model.forward_all_times(
                     torch.as_tensor(u, device=device), sequence, torch.as_tensor(others, device=device).long() + 1, texts)
             real = (sequence > 0).float()
-            loss = (recommendation_loss(positive.float(), negative.float(), args.rm_loss) * real).sum() / real.sum()
+            drawn_by = (log_q[(sequence - 1).clamp(min=0)], log_q[torch.as_tensor(others, device=device).long()][:, None])
+            loss = (recommendation_loss(positive.float(), negative.float(), args.rm_loss, drawn_by) * real).sum() / real.sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -749,11 +749,11 @@ def split_ratio(data, valid=0.1, test=0.1):
     return parts(label)
 
 
-def negatives(data, users, n, seed, exclude=None):
+def negatives(data, users, n, seed, exclude=None, weights=None):
     """(len(users), n) int32: items that the user never had, in training or held out; no repeats in a row.
 
-    Uniform; a pure function of its arguments. exclude (len(users), m): further items that a row must not
-    hold, -1 for none. Raises UserError if a user has fewer than n such items.
+    Uniform, or by weights (n_items,); a pure function of its arguments. exclude (len(users), m): further items
+    that a row must not hold, -1 for none. Raises UserError if a user has fewer than n such items.
     """
     users, N, seen = np.asarray(users, dtype=np.int64), len(data.items), data.seen_keys()
     exclude = np.full((len(users), 1), -1) if exclude is None else np.asarray(exclude, dtype=np.int64)
@@ -766,7 +766,13 @@ def negatives(data, users, n, seed, exclude=None):
             raise UserError(f"user {data.users[users[row]]} has had all but {len(unseen(row))} of {N} items: "
                             f"no {n} negatives can be drawn; ask for fewer, or bring a larger catalogue")
     rng = np.random.default_rng(seed)
-    drawn, rows = rng.integers(0, N, (len(users), n)), np.arange(len(users))
+    share = None if weights is None else np.cumsum(weights) / np.sum(weights)
+
+    def draw(shape):
+        if share is None:
+            return rng.integers(0, N, shape)
+        return np.minimum(np.searchsorted(share, rng.random(shape), side="right"), N - 1)
+    drawn, rows = draw((len(users), n)), np.arange(len(users))
     for _ in range(50):                                          # draw again what collides
         part = drawn[rows]
         key = users[rows, None] * N + part
@@ -781,7 +787,7 @@ def negatives(data, users, n, seed, exclude=None):
         rows, bad, part = rows[some], bad[some], part[some]
         if not len(rows):
             break
-        part[bad] = rng.integers(0, N, bad.sum())
+        part[bad] = draw(bad.sum())
         drawn[rows] = part
     for row in rows:                                         # who has had nearly all: from a list of the rest
         drawn[row] = rng.choice(unseen(row), n, replace=False)

@@ -38,8 +38,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled or self.merged:
             return y
-        low = self.dropout(x.float()) @ self.lora_A.T                          # (..., r)
-        return (y + (low @ self.lora_B.T) * self.scale).to(y.dtype)            # added in fp32, rounded once
+        low = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.T            # (..., r)
+        return (y + (low * self.scale) @ self.lora_B.T).to(y.dtype)            # added in fp32, rounded once
 
     def delta(self):
         """(alpha / r) B A in fp32, (out, in)."""

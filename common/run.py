@@ -70,6 +70,12 @@ def converter(hint, name):
     return hint
 
 
+def literal(hint):
+    """The choices of Literal[...] or Literal[...] | None, else ()."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return next((typing.get_args(p) for p in parts if typing.get_origin(p) is typing.Literal), ())
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one line for an error, and a suggestion for a misspelt flag."""
 
@@ -96,8 +102,8 @@ def parse(Args, doc, argv=None):
         text = text.replace("%", "%%") + (f" [{shown}]" if shown not in (None, "") else "")
         if hint is bool:
             box.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
-        elif typing.get_origin(hint) is typing.Literal:
-            box.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=text)
+        elif choices := literal(hint):
+            box.add_argument(flag, choices=choices, default=field.default, help=text)
         else:
             box.add_argument(flag, type=converter(hint, field.name), default=field.default, help=text,
                              metavar=field.name.split("_")[-1].upper())

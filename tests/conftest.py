@@ -12,4 +12,4 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LLMREC_CACHE"] = tempfile.mkdtemp(prefix="llmrec-test-cache-")
 atexit.register(shutil.rmtree, os.environ["LLMREC_CACHE"], ignore_errors=True)
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

@@ -315,6 +315,18 @@ def test_recommendation_losses_equal_pytorchs():
     assert torch.allclose(curec.recommendation_loss(positive, negative, "bce"), want, atol=1e-6)
 
 
+def test_a_sample_drawn_by_popularity_estimates_the_softmax_over_the_catalogue():
+    g = torch.Generator().manual_seed(0)
+    logits, q = torch.randn(1, 1, 50, generator=g).double(), torch.rand(50, generator=g).double().softmax(0)
+    want = -logits.log_softmax(-1)[0, 0, 0]
+    drawn = torch.multinomial(q[1:] / q[1:].sum(), 20_000, replacement=True, generator=g)[None] + 1
+    n = drawn.shape[1] / (1 - q[0])                          # log of the expected count of each in the sample; 1 of the positive
+    log_q = (torch.zeros(1, 1).double(), (q * n).log()[drawn][:, None])
+    got = curec.recommendation_loss(logits[..., 0], logits[0, :, drawn[0]][:, None], "softmax", log_q)
+    assert abs(got.item() - want.item()) < 0.02
+    assert abs(curec.recommendation_loss(logits[..., 0], logits[0, :, drawn[0]][:, None]).item() - want.item()) > 1
+
+
 def test_a_masked_reason_is_as_frequent_among_negatives_as_among_positives():
     """Or the gap in the list would tell the label that the masked reason may not tell."""
     args, logs, texts, model = world()

@@ -732,6 +732,15 @@ def test_negatives_are_uniform_over_what_is_unseen():
     assert np.abs(first[[1, 2, 4, 5, 6, 7]] / 5000 - 1).max() < 0.06         # in every column
 
 
+def test_weighted_negatives_are_drawn_in_proportion_to_their_weights_and_are_still_unseen():
+    d = random_logs(0)
+    weights = np.arange(1.0, len(d.items) + 1)
+    drawn = datasets.negatives(d, np.zeros(30000, int), 1, 0, weights=weights)[:, 0]
+    free = np.setdiff1d(np.arange(len(d.items)), d.item[d.user == 0])
+    share = np.bincount(drawn, minlength=len(d.items)) / len(drawn)
+    assert share[free].sum() == pytest.approx(1) and np.abs(share[free] - weights[free] / weights[free].sum()).max() < 0.01
+
+
 def test_negatives_exclude_further_items_by_row():
     d = logs((0, 0), (1, 1), n_items=6)
     drawn = datasets.negatives(d, [0, 1, 0], 3, 0, exclude=[[1, 2], [2, 3], [-1, 0]])
