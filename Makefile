@@ -4,7 +4,7 @@ PYTHON ?= $(VENV)/bin/python
 .PHONY: demo test bench backbone results clean
 
 demo: $(VENV)/ready
-	$(PYTHON) curec.py --data toy --backbone tiny --run runs/demo --overwrite
+	$(PYTHON) curec.py --data toy --backbone tiny --align-steps 60 --run runs/demo --overwrite
 
 test: $(VENV)/ready-test
 	$(PYTHON) -m pytest -q tests

@@ -65,14 +65,14 @@ SOURCES = {
 for _name, _default, _category, _other in (
         ("video-games", "2018", "Video_Games", {}), ("movies-tv", "2018", "Movies_and_TV", {}),
         ("sports", "2014", "Sports_and_Outdoors", {}), ("toys", "2014", "Toys_and_Games", {}),
-        ("beauty", "2014", "Beauty", {"2018": "All_Beauty", "2023": "All_Beauty"})):
+        ("beauty", "2014", "Beauty", {"2018": "All_Beauty", "2023": "All_Beauty"}), ("books", "2014", "Books", {})):
     for _year in ("2014", "2018", "2023"):
         _files = [(url, None, None) for url in amazon_urls(_year, _other.get(_year, _category))]
         SOURCES[f"amazon-{_name}-{_year}"] = ((f"amazon-{_name}-{_year}",), _files)
         if _year == _default:
             SOURCES[f"amazon-{_name}"] = ((f"amazon-{_name}-{_year}", f"amazon-{_name}"), _files)
 KNOWN = ("toy, ml1m, ml100k, ml-latest-small, "
-         "amazon-{video-games,movies-tv,sports,beauty,toys}[-2014|-2018|-2023]")
+         "amazon-{video-games,movies-tv,sports,beauty,toys,books}[-2014|-2018|-2023]")
 
 
 @dataclass
@@ -456,6 +456,28 @@ def read_generic(folder, columns, bad):
     return meta, {}
 
 
+def read_bookcrossing(folder, columns, bad):
+    """BX-Book-Ratings.csv and BX-Books.csv: semicolons, quotes, latin-1; no times, the order of the file counts."""
+    def rows(path, n):
+        for number, line in lines_of(path):
+            try:
+                row = next(csv.reader([line.rstrip("\r\n")], delimiter=";", escapechar="\\", strict=True))
+            except csv.Error as problem:
+                bad(path, number, str(problem))
+                continue
+            if len(row) < n:
+                bad(path, number, f"{len(row)} fields instead of {n}")
+            elif number > 1:                                     # the first line names the columns
+                yield number, row
+    path, columns.has_times = folder / "BX-Book-Ratings.csv", False
+    columns.extend(path, bad, ((n, user, isbn.strip(), rating, 0) for n, (user, isbn, rating, *_) in rows(path, 3)))
+    meta = {}
+    for _, (isbn, title, author, *_) in rows(folder / "BX-Books.csv", 3):
+        if isbn.strip() in columns.items:
+            meta[isbn.strip()] = (title, [author], "")
+    return meta, {}
+
+
 def record(line):
     """A line of an Amazon file as a dict: JSON, or a Python literal as in 2014's metadata. Or ValueError."""
     try:
@@ -533,7 +555,8 @@ def first_of(folder, name):
 
 
 READERS = [("ratings.dat", read_ml1m, ("movies.dat",)), ("u.data", read_ml100k, ("u.item", "u.genre")),
-           ("ratings.csv", read_ml_latest, ("movies.csv",)), ("interactions.csv", read_generic, ())]
+           ("ratings.csv", read_ml_latest, ("movies.csv",)),
+           ("BX-Book-Ratings.csv", read_bookcrossing, ("BX-Books.csv",)), ("interactions.csv", read_generic, ())]
 
 
 def pick_reader(folder):

@@ -120,17 +120,25 @@ def _control(tokenizer):
     return re.compile("|".join(f"(?<={re.escape(w[0])})(?={re.escape(w[1:])})" for w in words) or r"(?!)")
 
 
+@functools.lru_cache(maxsize=4096)
 def plain_ids(tokenizer, text):
-    """Token ids of text that is data: control tokens inside are tokenised as the letters they are."""
-    return [i for part in _control(tokenizer).split(text) if part
-            for i in tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+    """Token ids (tuple) of text that is data: control tokens inside are tokenised as the letters they are."""
+    return tuple(i for part in _control(tokenizer).split(text) if part
+                 for i in tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def chat(tokenizer, text, system=None):
     """One user message in the model's chat format -> token ids. A control token in `text` is tokenised as
-    plain text: what users and titles say is data and can neither end the message nor open another."""
+    plain text: what users and titles say is data and can neither end the message nor open another.
+
+    text may be a list of texts and slot numbers k >= 0: slot k becomes the id -1 - k, a place for a vector
+    (see `embed`).
+    """
     before, after = _frame(tokenizer, system)
-    return before + plain_ids(tokenizer, text) + after
+    inside = []
+    for part in [text] if isinstance(text, str) else text:
+        inside += plain_ids(tokenizer, part) if isinstance(part, str) else [-1 - part]
+    return [*before, *inside, *after]
 
 
 # --------------------------------------------------------------------------------------------- group rollouts
@@ -206,8 +214,16 @@ def _pick(logits, uniform, temperature, greedy):
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
-def _hidden(model, tokens, position, mask, cache):
-    return model.get_decoder()(input_ids=tokens, attention_mask=mask, position_ids=position,
+def embed(model, tokens, soft):
+    """Input embeddings (B, S, D) of token ids in which -1 - k stands for the vector soft[:, k], soft (B, K, D)."""
+    words = model.get_input_embeddings()(tokens.clamp(min=0))
+    slot = (-1 - tokens).clamp(min=0)[..., None].expand_as(words)
+    return torch.where((tokens < 0)[..., None], soft.to(words.dtype).gather(1, slot), words)
+
+
+def _hidden(model, tokens, position, mask, cache, soft=None):
+    read = {"input_ids": tokens} if soft is None else {"inputs_embeds": embed(model, tokens, soft)}
+    return model.get_decoder()(**read, attention_mask=mask, position_ids=position,
                                past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
@@ -425,35 +441,43 @@ class Scored:
     hidden: torch.Tensor | None = None
 
 
-def packed_hidden(model, packed):
-    """Hidden states that predict the completion tokens (N, D), in the order of packed.valid's True ones."""
+def packed_hidden(model, packed, soft=None):
+    """Hidden states that predict the completion tokens (N, D), in the order of packed.valid's True ones.
+    soft (B, K, D): the vectors of the slots in a row's tokens (see `embed`)."""
     mask = block_mask(packed.owner, packed.owner, causal=True)
-    hidden = _hidden(model, packed.tokens, packed.position, mask, None)
+    hidden = _hidden(model, packed.tokens, packed.position, mask, None, soft)
     return hidden.reshape(-1, hidden.shape[-1])[packed.source[packed.valid]]
 
 
-def completion_logps(model, packed, temperature=1.0, hidden=False):
+def completion_logps(model, packed, temperature=1.0, hidden=False, soft=None):
     """log pi(completion token | prompt, earlier tokens) -> Scored; differentiable in the adapters."""
     head = model.get_output_embeddings()
-    h = packed_hidden(model, packed)
+    h = packed_hidden(model, packed, soft)
     logps, entropy = _ChunkedLogp.apply(h, head.weight, head.bias, packed.labels[packed.valid], temperature)
     shape = packed.valid.shape
     return Scored(logps.new_zeros(shape).masked_scatter(packed.valid, logps),
                   entropy.new_zeros(shape).masked_scatter(packed.valid, entropy), h if hidden else None)
 
 
-def exact_kl(model, packed, hidden, ref_hidden, temperature=1.0):
-    """KL(pi || ref) over the whole vocabulary at each completion position -> (B, G, T); hidden and ref_hidden
-    (N, D) as `completion_logps` gives them. In chunks, which the backward pass computes again."""
+def over_logits(model, fn, *hidden, beside=()):
+    """fn(logits (n, V) of each hidden, and these rows of each tensor `beside`) -> (N, ...) for hidden states
+    (N, D), a few rows at a time; the backward pass computes the logits again, so that none are kept."""
     head = model.get_output_embeddings()
 
-    def part(h, r):
-        p = F.log_softmax(head(h).float() / temperature, -1)
-        q = F.log_softmax(head(r).float() / temperature, -1)
+    def part(*some):
+        logits = [head(h) for h in some[:len(hidden)]]
+        return fn(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits), *some[len(hidden):])
+    return torch.cat([checkpoint(part, *(h[rows] for h in (*hidden, *beside)), use_reentrant=False)
+                      for rows in _chunks(len(hidden[0]), head.weight)])
+
+
+def exact_kl(model, packed, hidden, ref_hidden, temperature=1.0):
+    """KL(pi || ref) over the whole vocabulary at each completion position -> (B, G, T); hidden and ref_hidden
+    (N, D) as `completion_logps` gives them."""
+    def divergence(logits, ref_logits):
+        p, q = (F.log_softmax(x / temperature, -1) for x in (logits, ref_logits))
         return (p.exp() * (p - q)).sum(-1)
-    parts = [checkpoint(part, hidden[rows], ref_hidden[rows], use_reentrant=False)
-             for rows in _chunks(len(hidden), head.weight)]
-    kl = torch.cat(parts)
+    kl = over_logits(model, divergence, hidden, ref_hidden)
     return kl.new_zeros(packed.valid.shape).masked_scatter(packed.valid, kl)
 
 
@@ -477,7 +501,7 @@ def encode(model, tokenizer, texts, batch_size=64, max_tokens=256, desc=None):
     """Mean of the last hidden layer over a text's tokens -> (N, D) fp32 on the model's device. An empty text
     is the end token alone. Independent of padding: a padded position is neither seen nor averaged."""
     empty = [(eos_ids(model, tokenizer) or [0])[0]]
-    ids = [plain_ids(tokenizer, t)[:max_tokens] or empty for t in texts]
+    ids = [list(plain_ids(tokenizer, t)[:max_tokens]) or empty for t in texts]
     order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
     vectors = torch.zeros(len(ids), model.config.hidden_size, device=model.device)
     for start in progress(range(0, len(ids), batch_size), desc, -(-len(ids) // batch_size)):

@@ -13,6 +13,9 @@ ROWS = (   # what is compared, script and flags, how the ratio reads
     ("GRPO step, 200-token prompts, vs TRL", ["grpo_vs_trl.py", "--prompt", "200"], "times faster"),
     ("GRPO step, 600-token prompts, vs TRL", ["grpo_vs_trl.py", "--prompt", "600"], "times faster"),
     ("GRPO step, 151,669-token vocabulary, vs TRL", ["grpo_vs_trl.py", "--vocab", "151669", "--memory"], "of its peak memory"),
+    ("LCFT step, shared context, vs PEFT", ["lcft_vs_peft.py"], "of its time"),
+    ("LCFT step, instruction first, vs PEFT", ["lcft_vs_peft.py", "--template", "tallrec"], "of its time"),
+    ("LCFT step, 151,669-token vocabulary, vs PEFT", ["lcft_vs_peft.py", "--vocab", "151669", "--memory"], "of its peak memory"),
     ("DIN, full catalogue, vs DeepCTR-Torch", ["din_vs_deepctr.py"], "times the rows per second"),
 )
 

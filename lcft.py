@@ -1,0 +1,701 @@
+"""LCFT: fine-tuning that keeps "will like" and "will dislike" apart in logit space (EMNLP 2025, 2025.emnlp-main.1491).
+
+Ask a fine-tuned LLM whether a user will like a film, then whether the user will dislike it: often it says Yes twice.
+LCFT shows it both questions on the same context and pushes the two answer distributions apart:
+
+  1 mf        (--host collm) matrix factorisation gives every user and item a vector
+  2 lora      a LoRA adapter learns to answer Yes or No, with the divergence of the two answers as a bonus
+  3 map       (--host collm) an MLP carries the vectors into the prompt, the adapter stays as it is
+  4 judge     accuracy, and how often the answers to the opposite questions contradict each other
+
+EQUATIONS (x+ and x- are the prompts with the two questions, P+ and P- the answers' distributions, y the answer)
+  [1] host        CE = -log P(y | x+)                                          -> answer_loss
+  [2] paper       L = CE - lambda min(KL(P+ || P-), cap)                       -> apart("paper")
+  [3] official    L = CE - lambda min(sum_t KL(sg P-_t || P+_t), cap)          -> apart("official"), train_pairs
+  [4] bounded     L = CE + lambda JSD(P+, P- with Yes and No swapped)          -> apart("swap")
+                  L = CE - lambda JSD(P+, P-), at most ln 2 to be had          -> apart("jsd")
+                  L = CE - lambda min(+-(s+ - s-), cap), + for a like          -> apart("hinge")
+  [5] control     L = CE + w * -log P(not y | x-)                              -> --neg-ce
+  [6] score       s = logit(Yes) - logit(No) after x+                          -> Host.look
+
+DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on films only) differs from it.
+  - `--kl paper` follows the formula: KL(P+ || P-) at the answer, gradient through both branches. The formula has no
+    bound, and without one the loss has no minimum; --cap bounds it. A hinge max(0, cap - D) is the same up to a constant.
+  - `--kl official` follows the code: the reversed KL, P- detached, summed over all positions that differ and the whole
+    vocabulary, CE on the whole row of x+, lambda = 1e-4, cap = 10,000 (there on a micro-batch, here on a pair). It is
+    computed from log-probabilities: the code's log(softmax) gives NaN gradients at gaps that fp32 cannot hold. Rows are
+    aligned from the answer backwards; the code compares by index, off by one where the questions differ in length.
+  - [3] has no finite optimum, and where P- is surer of the answer than P+ it pushes the right answer down:
+    -dL/ds = (1 - p) + lambda (p - n).
+  - `--kl bounded` asks for what is meant: P-(Yes) = P+(No). Pushing P+ and P- apart, however bounded, has no gradient where
+    both answers are equal (which is where a contradiction starts), pays for over-confidence, and over the whole
+    vocabulary is won by a third word after the flipped question. --bound jsd and hinge are there to see that; the hinge
+    works on log-odds, knows the right direction from the label, and stops once they are cap apart. All three compare
+    Yes and No only, unless --kl-vocab full (jsd).
+  - The answer is one token, Yes or No. `--template shared` puts context first and question last, so that a pair shares
+    its context and runs through the model once; `--template tallrec` is the published order: instruction first, and a
+    last line that asks for "like" in both prompts.
+  - Neither the wording of the flip for CoLLM nor which stage has the KL term is public: --kl-stages, both by default.
+  - MovieLens-1M: CoLLM's rows came with a file of its own; ours are all ratings of the same months.
+
+  python lcft.py --data toy --kl bounded                                 # 4 minutes on 2 cores
+  python lcft.py --data ml1m --host collm --backbone Qwen/Qwen2.5-1.5B    # on a GPU
+  python lcft.py --ablations --seeds 0,1,2 --data ml100k                 # all objectives, lambda by validation
+"""
+
+# 1 ---------------------------------------------------------------------------------------------------- imports
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import cuda, data as datasets, llm, lora, metrics
+from common.prompts import history_lines, item_line
+from common.run import Run, UserError, main, prefix, progress, strip
+
+
+# 2 ---------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # -- run
+    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
+    data_dir: str | None = None  # a folder that already holds the data sets (else LLMREC_DATA, else download)
+    max_bad_rows: int = 0  # broken rows to skip before giving up
+    run: str | None = None  # run folder (default: runs/lcft-DATA-BACKBONE-sSEED)
+    resume: bool = False  # continue where the run folder stopped
+    overwrite: bool = False  # remove an earlier run in that folder first
+    seed: int = 0  # of everything
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # of the frozen backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    ablations: bool = False  # run every objective of VARIANTS and print one table
+    seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
+    # -- data
+    like_above: float | None = None  # a rating above this is a like (default 3; of BookCrossing's ten points 5)
+    min_history: int | None = None  # earlier ratings that a row needs (default 1; on ml100k the published 10)
+    shots: int = 0  # train on so many rows, half likes, half dislikes (published: 16, 64, 256); 0 is all
+    users: int | None = None  # keep a seeded sample of so many users
+    # -- backbone
+    backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
+    prompt_history: int = 10  # rated titles of the user in a prompt
+    template: Literal["shared", "tallrec"] = "shared"  # question last (context computed once), or instruction first
+    flip: str = "like"  # which pair of questions: a row of FLIPS
+    answers: tuple[str, ...] = ("Yes", "No")  # two words of one token each
+    # -- lora
+    lora_targets: str = "q_proj,v_proj"  # comma-separated names of linear layers, or all-linear
+    lora_rank: int = 8  # r
+    lora_alpha: float = 16.0  # α
+    lora_dropout: float = 0.05  # on the adapter's input
+    # -- method
+    host: Literal["tallrec", "collm"] = "tallrec"  # text only, or text with matrix-factorisation vectors
+    kl: Literal["paper", "official", "bounded", "off"] = "bounded"  # which divergence is maximised; off is the host alone
+    bound: Literal["swap", "jsd", "hinge"] = "swap"  # with --kl bounded
+    kl_vocab: Literal["full", "answers"] | None = None  # of the divergence: all tokens, or Yes and No (default: answers with bounded)
+    lam: float | None = None  # λ (default 1; with --kl official the code's 1e-4)
+    cap: float | None = None  # nats that earn a bonus (default: paper 10, official 10000, hinge 4)
+    neg_ce: float = 0.0  # weight of [5], the cross-entropy of the flipped answer to the flipped question
+    ce: Literal["answer", "yes"] | None = None  # CE over the vocabulary, or BCE on the logit of Yes (default: answer; collm: yes)
+    kl_stages: Literal["lora", "map", "both"] = "both"  # with --host collm: which stages have the KL term
+    # -- matrix factorisation (with --host collm)
+    mf_dim: int = 64  # d; the paper's 256 is for larger data
+    mf_lr: float = 1e-2  # learning rate
+    mf_epochs: int = 100  # at most; stops after 5 without a better validation AUC
+    map_lr: float = 1e-3  # of the MLP
+    # -- optimisation
+    lr: float | None = None  # of LoRA (default 1e-4; 2e-3 for tiny)
+    batch: int = 64  # pairs per step
+    micro_batch: int = 64  # pairs at once: less memory, same result
+    steps: int = 200  # at most, per stage
+    warmup: int = 20  # steps to the full rate, which then falls linearly to 0
+    max_grad_norm: float = 1.0  # gradient clipping
+    # -- evaluation
+    eval_every: int = 20  # steps
+    patience: int = 10  # evaluations without a better validation AUC
+    eval_rows: int = 1000  # validation rows that choose the checkpoint
+    eval_batch: int = 64  # pairs at once
+
+    def check(self):
+        if len(self.answers) != 2:
+            raise ValueError("--answers takes two words: YES,NO")
+        if self.flip not in FLIPS:
+            raise ValueError(f"--flip {self.flip}: one of {', '.join(FLIPS)}")
+        if self.shots % 2 or self.shots < 0:
+            raise ValueError("--shots must be even: half likes, half dislikes")
+        for name in ("batch", "micro_batch", "steps", "eval_every", "patience", "eval_rows", "eval_batch", "lora_rank", "mf_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if (self.lam or 0) < 0 or self.neg_ce < 0 or (self.cap is not None and self.cap <= 0):
+            raise ValueError("--lam and --neg-ce must not be negative, --cap must be positive")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError("--lora-dropout must be in [0, 1)")
+        if self.prompt_history < 0 or (self.min_history or 0) < 0:
+            raise ValueError("--prompt-history and --min-history must not be negative")
+
+
+# 3 ---------------------------------------------------------------------------------------------------- the host's extra parts
+class MF(nn.Module):
+    """Matrix factorisation: logit(u, i) = <p_u, q_i> + b_u + b_i + b."""
+
+    def __init__(self, n_users, n_items, dim):
+        super().__init__()
+        self.user, self.item = nn.Embedding(n_users, dim), nn.Embedding(n_items, dim)
+        self.of_user, self.of_item = nn.Embedding(n_users, 1), nn.Embedding(n_items, 1)
+        self.bias = nn.Parameter(torch.zeros(()))
+        for table in (self.user, self.item):
+            nn.init.normal_(table.weight, std=0.1)
+        for table in (self.of_user, self.of_item):
+            nn.init.zeros_(table.weight)
+
+    def forward(self, users, items):
+        both = (self.user(users) * self.item(items)).sum(-1)
+        return both + self.of_user(users)[:, 0] + self.of_item(items)[:, 0] + self.bias
+
+
+class Mapping(nn.Module):
+    """CoLLM's bridge: a vector of MF -> one token in the LLM's embedding space, one MLP for users and one for items."""
+
+    def __init__(self, dim, width, scale):
+        super().__init__()
+        self.user, self.item = (nn.Sequential(nn.Linear(dim, 10 * dim), nn.ReLU(), nn.Linear(10 * dim, width)) for _ in range(2))
+        self.scale = scale                                       # the size of a word's embedding: a start that can be read
+
+    def forward(self, p, q):
+        """p, q (B, d) -> (B, 2, width), the soft tokens of slots 0 and 1."""
+        tokens = torch.stack([self.user(p), self.item(q)], 1)
+        return self.scale * F.layer_norm(tokens, tokens.shape[-1:])
+
+
+# 4 ---------------------------------------------------------------------------------------------------- prompts
+# The flip: another language or polarity is one more line.
+FLIPS = {"like": ("Will the user like it?", "Will the user dislike it?"),
+         "enjoy": ("Would the user enjoy it?", "Would the user not enjoy it?")}
+
+CONTEXT = """The user liked these titles, oldest first:
+{liked}
+The user disliked these titles:
+{disliked}
+The user now sees this title:
+- {item}
+"""
+VECTORS = ("What other users chose says this of the user: ", 0, ", and this of the title: ", 1, "\n")   # 0 and 1: slots
+
+
+def pair_prompts(liked, disliked, item, template="shared", flip="like", answers=("Yes", "No"), vectors=False):
+    """The two prompts of a pair, each a list of texts and slot numbers (see llm.chat). The context is the same."""
+    context = [CONTEXT.format(liked=history_lines(liked), disliked=history_lines(disliked), item=item)]
+    context += list(VECTORS) if vectors else []
+    answer = f" Answer {answers[0]} or {answers[1]}."
+    if template == "shared":
+        return [[*context, question + answer] for question in FLIPS[flip]]
+    return [[f"Given the user's taste, say: {question}{answer}\n", *context, FLIPS[flip][0]] for question in FLIPS[flip]]
+
+
+def answer_ids(tokenizer, answers):
+    """Token ids of Yes and No where the answer begins. Raises UserError, with the fix, if a word is not one token
+    there: its first piece would be scored in its place."""
+    start = llm.chat(tokenizer, "?")
+    def one(word):
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        return ids[0] if len(ids) == 1 and tokenizer.decode(ids).strip() == word.strip() else None
+    found = [one(word) for word in answers]
+    if None in found or found[0] == found[1] or not start:
+        others = [pair for pair in (("Yes", "No"), ("yes", "no"), (" Yes", " No"), ("A", "B"), ("1", "0"), ("y", "n"))
+                  if None not in (ids := [one(w) for w in pair]) and ids[0] != ids[1]]
+        fix = f"--answers {','.join(w.strip() for w in others[0])} works" if others else "take another --backbone"
+        raise UserError(f"--answers {','.join(answers)}: not two different single tokens of this tokenizer; {fix}")
+    return found
+
+
+# 5 ---------------------------------------------------------------------------------------------------- losses
+def kl_divergence(p, q):
+    """KL(p || q) from log-probabilities (..., V) -> (...). Finite for any finite logits; so is its gradient."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def js_divergence(p, q):
+    """Jensen-Shannon divergence from log-probabilities (..., V) -> (...): symmetric, at most ln 2."""
+    middle = torch.logaddexp(p, q) - np.log(2)
+    return (kl_divergence(p, middle) + kl_divergence(q, middle)) / 2
+
+
+def apart(pos, neg, kind, cap=10.0, ids=None, label=None):
+    """[2]-[4]: how far the answers to the two questions are from each other, (N,) nats, from logits (N, V).
+
+    kind: "paper", "official" (not capped here: its sum is, see train_pairs), "jsd", "swap", "hinge". ids: compare only
+    these tokens. "swap" and "hinge" need ids = (yes, no): minus the divergence of P+ from P- with the two swapped, and the
+    gap of log-odds in the direction of label (N,) in {0, 1}. Example: equal logits give 0 in every kind but "swap".
+    """
+    if kind == "hinge":
+        gap = (pos - neg)[..., ids[0]] - (pos - neg)[..., ids[1]]
+        return ((2 * label - 1) * gap).clamp(max=cap)
+    if ids is not None:
+        pos, neg = pos[..., ids], neg[..., ids]
+    p, n = F.log_softmax(pos, -1), F.log_softmax(neg, -1)
+    if kind == "paper":
+        return kl_divergence(p, n).clamp(max=cap)
+    if kind == "official":
+        return kl_divergence(n.detach(), p)
+    if kind == "jsd":
+        return js_divergence(p, n)
+    if kind == "swap":
+        return -js_divergence(p, n.flip(-1))
+    raise ValueError(f"kind is paper, official, jsd, swap or hinge, not {kind}")
+
+
+def answer_loss(yes, no, logsumexp, label, kind="answer"):
+    """[1] per row: logits of Yes and No and the logsumexp over the vocabulary, each (N,); label (N,) in {0, 1}.
+
+    "answer": cross-entropy of the right word among all tokens. "yes": CoLLM's binary cross-entropy on the logit of Yes.
+    """
+    if kind == "yes":
+        return F.binary_cross_entropy_with_logits(yes, label.to(yes.dtype), reduction="none")
+    return logsumexp - torch.where(label.bool(), yes, no)
+
+
+# 6 ---------------------------------------------------------------------------------------------------- the LLM
+class Rows:
+    """Every rating as a question: user, item, label, and what the user liked and disliked before. Rows are numbered in
+    time order; train, valid and test are sorted row numbers."""
+
+    def __init__(self, args):
+        data = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed)
+        if not data.has_ratings:
+            raise UserError(f"--data {args.data}: has no ratings, and likes and dislikes are needed; add a rating column")
+        if args.users:
+            data = datasets.sample_users(data, args.users, args.seed)
+        self.data, self.args = data, args
+        self.lines = [item_line(t, c) for t, c in zip(data.titles, data.categories)]
+        self.user, self.item = data.user.astype(np.int64), data.item.astype(np.int64)
+        self.books = bool((Path(args.data) / "BX-Book-Ratings.csv").exists())
+        self.above = args.like_above if args.like_above is not None else (5.0 if self.books else 3.0)
+        self.label = (data.rating > self.above).astype(np.int64)
+        self.place = datasets.places(data.user)
+        self.sequence = datasets.histories(data)                 # positions: row numbers per user, in time order
+        least = args.min_history if args.min_history is not None else (10 if args.data == "ml100k" else 1)
+        usable = np.flatnonzero(self.place >= least)
+        if len(usable) < 10:
+            raise UserError(f"--data {args.data}: only {len(usable)} ratings have {least} earlier ones of their user; "
+                            "lower --min-history or bring more ratings")
+        self.train, self.valid, self.test = self.split(usable)
+        for name in ("train", "valid", "test"):
+            share = self.label[getattr(self, name)].mean() if len(getattr(self, name)) else 0
+            if not 0 < share < 1:
+                raise UserError(f"--data {args.data}: its {name} rows have {'likes' if share else 'dislikes or nothing'} "
+                                f"only; set --like-above (now {self.above:g}) between the ratings that occur")
+        if args.shots:
+            self.train = self.few(args.shots)
+
+    def split(self, usable):
+        """ml100k: the last 10,000 rows, 80/10/10 (TALLRec); ml1m: the last 20 months, 10/5/5 (CoLLM); BookCrossing, which
+        has no times: the last row of each user with more than 3, 80/10/10 of the users (TALLRec); else 80/10/10 of all
+        rows in time order."""
+        if self.books:
+            size = np.diff(self.sequence.offsets)
+            last = self.sequence.positions[self.sequence.offsets[1:] - 1][size > 3]
+            last = np.random.default_rng([self.args.seed, 37]).permutation(last)
+            return [np.sort(part) for part in np.split(last, [int(0.8 * len(last)), int(0.9 * len(last))])]
+        if self.args.data == "ml1m":
+            month = self.data.time.astype("datetime64[s]").astype("datetime64[M]").astype(int)[usable]
+            last = month.max()
+            return [usable[(last - month >= low) & (last - month < high)] for low, high in ((10, 20), (5, 10), (0, 5))]
+        if self.args.data == "ml100k":
+            usable = usable[-10_000:]
+        return np.split(usable, [int(0.8 * len(usable)), int(0.9 * len(usable))])
+
+    def few(self, shots):
+        rng, half = np.random.default_rng([self.args.seed, 31]), shots // 2
+        kinds = [self.train[self.label[self.train] == k] for k in (0, 1)]
+        if min(map(len, kinds)) < half:
+            raise UserError(f"--shots {shots}: the training rows hold only {len(kinds[1])} likes and {len(kinds[0])} dislikes")
+        return np.sort(np.concatenate([rng.choice(rows, half, replace=False) for rows in kinds]))
+
+    def before(self, row):
+        """(liked, disliked): the user's latest rated titles before this row, oldest first; nothing at or after it."""
+        end = self.sequence.offsets[self.user[row]] + self.place[row]
+        start = max(self.sequence.offsets[self.user[row]], end - self.args.prompt_history)
+        rows = self.sequence.positions[start:end]
+        return tuple([self.lines[self.item[r]] for r in rows if self.label[r] == k] for k in (1, 0))
+
+    def sizes(self):
+        text = " / ".join(f"{len(getattr(self, name)):,}" for name in ("train", "valid", "test"))
+        published = {"ml100k": "8,000 / 1,000 / 1,000", "ml1m": "33,891 / 10,401 / 7,331"}.get(self.args.data)
+        return text + (f" (published: {published})" if published and not self.args.shots else "")
+
+
+class Host:
+    """The LLM with its adapter and, for CoLLM, the vectors and their mapping; and how rows become packed pairs."""
+
+    def __init__(self, args, device, rows):
+        self.args, self.device, self.rows = args, device, rows
+        self.model, self.tokenizer = llm.load(args.backbone, device, cuda.pick_dtype(args.dtype, device))
+        self.ids = answer_ids(self.tokenizer, args.answers)
+        targets = args.lora_targets if args.lora_targets == "all-linear" else tuple(args.lora_targets.split(","))
+        lora.inject(self.model, targets, args.lora_rank, args.lora_alpha, args.lora_dropout, seed=args.seed)
+        self.mf = self.mapping = None
+        if args.host == "collm":
+            words = self.model.get_input_embeddings().weight
+            self.mf = MF(len(rows.data.users), len(rows.data.items), args.mf_dim).to(device)
+            self.mapping = Mapping(args.mf_dim, words.shape[1], float(words.float().std())).to(device)
+
+    def pack(self, rows, vectors=False, whole=False):
+        """Row numbers -> (llm.Packed, soft tokens). What both questions of a pair have in common runs once: one packed
+        row, completion 0 for the question and 1 for its flip. Where that is little, each has a row of its own, in turn.
+        whole: so that every token after the first is predicted, not the answer alone."""
+        args, pairs = self.args, []
+        for row in rows:
+            prompts = pair_prompts(*self.rows.before(row), self.rows.lines[self.rows.item[row]], args.template, args.flip,
+                                   args.answers, vectors)
+            pos, neg = (llm.chat(self.tokenizer, p) for p in prompts)
+            label = int(self.rows.label[row])
+            pairs.append((pos, neg, [self.ids[1 - label]], [self.ids[label]]))
+        same = [next((k for k, (a, b) in enumerate(zip(pos, neg)) if a != b), 0) for pos, neg, *_ in pairs]
+        if share := not whole and 2 * sum(same) > sum(len(pos) for pos, *_ in pairs):
+            prefixes = [pos[:k] for (pos, *_), k in zip(pairs, same)]
+            tails = [[pos[k:] + yes, neg[k:] + no] for (pos, neg, yes, no), k in zip(pairs, same)]
+        else:
+            each = [text for pos, neg, yes, no in pairs for text in ((pos, yes), (neg, no))]
+            prefixes = [prompt[:1] if whole else prompt for prompt, _ in each]
+            tails = [[prompt[1:] + answer if whole else answer] for prompt, answer in each]
+        lengths = torch.tensor([[len(t) for t in row] for row in tails])
+        completions = torch.zeros(*lengths.shape, int(lengths.max()), dtype=torch.long)
+        for b, row in enumerate(tails):
+            for g, tail in enumerate(row):
+                completions[b, g, :len(tail)] = torch.tensor(tail)
+        soft = self.soft(rows) if vectors else None
+        return (llm.pack(prefixes, completions, lengths).to(self.device),
+                soft if share or not vectors else soft.repeat_interleave(2, 0))
+
+    def soft(self, rows):
+        """The mapped vectors of CoLLM's slots for these rows (B, 2, D)."""
+        index = torch.as_tensor(np.stack([self.rows.user[rows], self.rows.item[rows]]), device=self.device)
+        return self.mapping(self.mf.user(index[0]).detach(), self.mf.item(index[1]).detach())
+
+    def compared(self, kind):
+        """The tokens that a divergence compares, None = all. Over all of them a bounded one is soon won by answering the
+        flipped question with any third word, and the contradictions stay."""
+        if kind in ("swap", "hinge"):
+            return self.ids
+        return self.ids if (self.args.kl_vocab or ("answers" if kind == "jsd" else "full")) == "answers" else None
+
+    def look(self, rows, kind, cap, vectors=False):
+        """[6] (B, 9): logits of Yes and No, logsumexp and largest logit after x+, the same after x-, and the divergence."""
+        packed, soft = self.pack(rows, vectors)
+        hidden = llm.packed_hidden(self.model, packed, soft)
+        last = packed.valid.sum(-1).flatten().cumsum(0).view(-1, 2) - 1                       # the answers' slots
+        yes, no = self.ids
+        ids = self.compared(kind)
+
+        def columns(pos, neg, label):
+            far = apart(pos, neg, kind, cap, ids, label) if kind else torch.zeros_like(pos[:, 0])
+            answered = [x for z in (pos, neg) for x in (z[:, yes], z[:, no], z.logsumexp(-1), z.amax(-1))]
+            return torch.stack([*answered, far], -1)
+        label = torch.as_tensor(self.rows.label[rows], device=self.device)
+        return llm.over_logits(self.model, columns, hidden[last[:, 0]], hidden[last[:, 1]], beside=(label,))
+
+
+def train_pairs(host, rows, kl, vectors=False):
+    """The loss of these rows (row numbers), one value each, and what is logged: {name: (B,)}."""
+    args = host.args
+    label = torch.as_tensor(host.rows.label[rows], device=host.device)
+    kind = {"bounded": args.bound, "off": None}.get(kl, kl)
+    cap = args.cap or {"paper": 10.0, "official": 1e4, "hinge": 4.0}.get(kind, 1.0)
+    lam = args.lam if args.lam is not None else (1e-4 if kl == "official" else 1.0)
+    if kl == "official":                                         # [3]: the whole row, and all positions that differ
+        packed, soft = host.pack(rows, vectors, whole=True)
+        scored = llm.completion_logps(host.model, packed, hidden=True, soft=soft)
+        length = packed.valid.sum(-1).view(-1, 2)                                             # (B, 2)
+        ce = -scored.logps.view(len(rows), 2, -1)[:, 0].sum(-1) / length[:, 0]
+        end, both = length.flatten().cumsum(0).view(-1, 2), length.min(1).values
+        back = torch.arange(int(both.max()), device=host.device)                              # from the answer backwards
+        which = (back < both[:, None]).nonzero()[:, 0]
+        pos, neg = ((end[:, g, None] - 1 - back)[back < both[:, None]] for g in (0, 1))
+        ids = host.compared(kind)
+        each = llm.over_logits(host.model, lambda p, n: apart(p, n, "official", ids=ids), scored.hidden[pos], scored.hidden[neg])
+        far = each.new_zeros(len(rows)).index_add(0, which, each).clamp(max=cap)
+    else:
+        seen = host.look(rows, kind, cap, vectors)
+        ce, far = answer_loss(seen[:, 0], seen[:, 1], seen[:, 2], label, args.ce or ("yes" if args.host == "collm" else "answer")), seen[:, 8]
+    loss, stats = ce - lam * far, {"ce": ce, "apart": far}
+    if args.neg_ce:                                              # [5]
+        seen = host.look(rows, None, 1.0, vectors) if kl == "official" else seen
+        stats["neg_ce"] = answer_loss(seen[:, 4], seen[:, 5], seen[:, 6], 1 - label, args.ce or "answer")
+        loss = loss + args.neg_ce * stats["neg_ce"]
+    return loss, stats | {"loss": loss}
+
+
+# 7 ---------------------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def ask(host, rows, vectors=False, desc=None):
+    """Both questions on every row -> arrays (n,): gap and flipped gap logit(Yes) - logit(No), Jensen-Shannon divergence
+    of the two answers, and the share of the two whose likeliest token is neither Yes nor No."""
+    host.model.eval()
+    length = [len(a) + len(b) for a, b in (host.rows.before(r) for r in rows)]
+    order, size = np.argsort(length, kind="stable"), host.args.eval_batch
+    found = np.zeros((len(rows), 9))
+    for start in progress(range(0, len(rows), size), desc, -(-len(rows) // size)):
+        part = order[start:start + size]
+        found[part] = host.look(np.asarray(rows)[part], "jsd", 1.0, vectors).float().cpu().numpy()
+    yes, no, _, top = found[:, :8].reshape(-1, 2, 4).transpose(2, 1, 0)                       # (2, n) each
+    return {"gap": yes[0] - no[0], "flipped": yes[1] - no[1], "jsd": found[:, 8],
+            "invalid": (top > np.maximum(yes, no)).mean(0)}
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.clip(x, -60, 60)))
+
+
+def report(user, label, gap, flipped, invalid, jsd):
+    """All measures of a set of rows. gap, flipped (n,): logit(Yes) - logit(No) after the question and after its flip.
+
+    contradiction: same answer to both questions. soft_inconsistency: mean |P+(Yes) + P-(Yes) - 1|. joint_accuracy: both
+    answers right. flip_auc: AUC of P+(Yes) - P-(Yes). neg_auc: AUC of the flipped question alone. divergence: mean JSD.
+    """
+    p, n = sigmoid(gap), sigmoid(flipped)
+    ece, curve = metrics.calibration(label, p)
+    values = {"auc": metrics.auc(label, gap), "uauc_user": metrics.uauc(user, label, gap),
+              "uauc_impressions": metrics.uauc(user, label, gap, "impressions"), "log_loss": metrics.log_loss(label, gap),
+              "contradiction": np.mean((gap > 0) == (flipped > 0)), "soft_inconsistency": np.mean(np.abs(p + n - 1)),
+              "joint_accuracy": np.mean(((gap > 0) == label) & ((flipped > 0) != label)),
+              "flip_auc": metrics.auc(label, p - n), "neg_auc": metrics.auc(label, -flipped),
+              "divergence": np.mean(jsd), "invalid": np.mean(invalid), "ece": ece}
+    return {k: round(float(v), 6) for k, v in values.items()} | {
+        "n": len(label), "positives": round(float(np.mean(label)), 4),
+        "reliability": [[round(a, 4), round(b, 4), c] for a, b, c in curve]}
+
+
+def judge(host, rows, vectors=False, desc=None):
+    found = ask(host, rows, vectors, desc)
+    return report(host.rows.user[rows], host.rows.label[rows], **found), found
+
+
+def worst(rows, index, found, most=50):
+    """The contradictions with the surest answers, readable: one dict each."""
+    p, n = sigmoid(found["gap"]), sigmoid(found["flipped"])
+    same = np.flatnonzero((p > 0.5) == (n > 0.5))
+    chosen = same[np.argsort(-np.abs(p + n - 1)[same], kind="stable")][:most]
+    word = lambda x: rows.args.answers[0 if x > 0.5 else 1]
+    lines = []
+    for k in chosen:
+        liked, disliked = rows.before(index[k])
+        lines.append({"user": rows.data.users[rows.user[index[k]]], "title": rows.lines[rows.item[index[k]]],
+                      "liked": liked, "disliked": disliked, "truth": "like" if rows.label[index[k]] else "dislike",
+                      "asked": {FLIPS[rows.args.flip][0]: f"{word(p[k])} {p[k]:.3f}", FLIPS[rows.args.flip][1]: f"{word(n[k])} {n[k]:.3f}"}})
+    return lines
+
+
+# 8 ---------------------------------------------------------------------------------------------------- train
+def train_mf(args, run, host):
+    """Stage 1 of CoLLM: MF on the training rows, BCE, the best epoch by validation AUC. Returns what was reached."""
+    rows, model = host.rows, host.mf
+    torch.manual_seed(cuda.key_seed(args.seed, "mf"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.mf_lr, weight_decay=1e-4)
+    tensor = lambda index: [torch.as_tensor(x[index], device=host.device) for x in (rows.user, rows.item, rows.label)]
+    auc = lambda index: metrics.auc(rows.label[index], model(*tensor(index)[:2]).detach().cpu().numpy())
+    best, kept, waited = -1.0, None, 0
+    for epoch in progress(range(args.mf_epochs), "matrix factorisation"):
+        for part in np.array_split(np.random.default_rng([args.seed, 41, epoch]).permutation(rows.train), max(1, len(rows.train) // 1024)):
+            users, items, label = tensor(part)
+            loss = F.binary_cross_entropy_with_logits(model(users, items), label.float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        now, waited = auc(rows.valid), waited + 1
+        if now > best:
+            best, kept, waited = now, {k: v.clone() for k, v in model.state_dict().items()}, 0
+        if waited >= 5:
+            break
+    model.load_state_dict(kept)
+    run.save("mf", kept, {})
+    return {"valid_auc": round(best, 4), "test_auc": round(auc(rows.test), 4), "epochs": epoch + 1}
+
+
+def stage(args, run, host, name, module, lr, kl, vectors=False):
+    """Train one part (the adapter, or the mapping) and keep what did best on validation AUC. Resumable, bit-equal.
+
+    module: (state() -> tensors, load(tensors), parameters). A batch is a pure function of (seed, step).
+    """
+    state, restore, parameters = module
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    rows, step, best, waited, kept = host.rows, 0, -1.0, 0, state()
+    if (saved := run.load(name)) is not None:
+        tensors, earlier = saved
+        step, best, waited, kept = earlier["step"], earlier["best"], earlier["waited"], strip(tensors, "best/")
+        run.rewind(earlier)
+        restore(strip(tensors, "now/"))
+        run.load_optimizer(optimizer, tensors)
+    valid = np.sort(np.random.default_rng([args.seed, 3]).permutation(rows.valid)[:args.eval_rows])
+    size, totals = min(args.batch, len(rows.train)), []
+    per_epoch = len(rows.train) // size
+    for step in progress(range(step, args.steps), name, args.steps, initial=step):
+        if waited >= args.patience:
+            break
+        epoch, k = divmod(step, per_epoch)
+        batch = np.random.default_rng([args.seed, 5, epoch]).permutation(rows.train)[k * size:(k + 1) * size]
+        torch.manual_seed(cuda.key_seed(args.seed, name, step))                               # LoRA's dropout
+        host.model.train()
+        optimizer.zero_grad(set_to_none=True)
+        parts = []
+        for part in np.split(batch, range(args.micro_batch, size, args.micro_batch)):
+            loss, stats = train_pairs(host, part, kl, vectors)
+            (loss.sum() / size).backward()
+            parts.append({k: v.detach().sum() for k, v in stats.items()})
+        norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / max(args.warmup, 1), 1.0, (args.steps - step) / max(args.steps - args.warmup, 1))
+        optimizer.step()
+        totals.append({k: float(sum(p[k] for p in parts)) / size for k in parts[0]} | {"grad_norm": float(norm)})
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            now, _ = judge(host, valid, vectors)
+            means = {k: float(np.mean([t[k] for t in totals])) for k in totals[0]}
+            run.log(name, step + 1, args.steps, **means, **{f"valid_{k}": now[k] for k in ("auc", "contradiction", "soft_inconsistency", "ece")})
+            totals, waited = [], waited + 1
+            if now["auc"] > best:
+                best, kept, waited = now["auc"], state(), 0
+            run.save(name, prefix("now/", state()) | prefix("best/", kept) | run.optimizer_tensors(optimizer),
+                     {"step": step + 1, "best": best, "waited": waited})
+    restore(kept)
+    return {"steps": step + 1, "valid_auc": round(best, 4)}
+
+
+def train(args):
+    """All stages in one run; each is skipped when the run folder says that it is done. Returns the RESULT record."""
+    if args.ablations:
+        return ablations(args)
+    cuda.seed_everything(args.seed)
+    device, rows = cuda.pick_device(args.device), Rows(args)
+    run = Run(args, "lcft", rows.data.fingerprint)
+    if run.done("result"):
+        return run.result(run.done("result"))
+    host = Host(args, device, rows)
+    adapter = lora.parameters(host.model)
+    run.header(device=str(device), backbone=f"{args.backbone}: {sum(p.numel() for p in host.model.parameters()):,} parameters, "
+               f"{sum(p.numel() for p in adapter):,} trainable",
+               data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, {len(rows.data.items):,} items",
+               rows=f"train / valid / test {rows.sizes()}, likes {rows.label[rows.train].mean():.2f} / "
+               f"{rows.label[rows.valid].mean():.2f} / {rows.label[rows.test].mean():.2f}",
+               answers=", ".join(f"{w} = token {i}" for w, i in zip(args.answers, host.ids)))
+    collm, result = args.host == "collm", {"script": "lcft", "data": rows.data.name, "backbone": args.backbone, "host": args.host,
+                                           "kl": args.kl, "neg_ce": args.neg_ce, "seed": args.seed}
+    if collm:
+        if not run.done("mf"):
+            run.finish("mf", train_mf(args, run, host))
+        host.mf.load_state_dict(run.load("mf")[0])
+        host.mf.requires_grad_(False)
+        result["mf"] = run.done("mf")
+    lr = args.lr or (2e-3 if args.backbone == "tiny" else 1e-4)
+    part = (lambda: lora.state(host.model), lambda t: lora.load_state(host.model, t), adapter)
+    if not run.done("lora"):
+        run.finish("lora", stage(args, run, host, "lora", part, lr, args.kl if args.kl_stages != "map" or not collm else "off"))
+        lora.save(host.model, run.folder / "adapter", args.backbone)
+    lora.load_state(host.model, strip(run.load("lora")[0], "best/"))
+    result["lora"] = run.done("lora")
+    if collm:
+        for p in adapter:
+            p.requires_grad_(False)
+        copy = lambda: {k: v.detach().clone() for k, v in host.mapping.state_dict().items()}
+        part = (copy, host.mapping.load_state_dict, list(host.mapping.parameters()))
+        if not run.done("map"):
+            run.finish("map", stage(args, run, host, "map", part, args.map_lr, args.kl if args.kl_stages != "lora" else "off", True))
+        host.mapping.load_state_dict(strip(run.load("map")[0], "best/"))
+        result["map"] = run.done("map")
+    for name, index in (("valid", rows.valid), ("test", rows.test)):
+        result[name], found = judge(host, index, collm, f"judge {name}")
+    run.write_jsonl("contradictions", worst(rows, index, found))
+    run.finish("result", result)
+    show(result)
+    return run.result(result)
+
+
+def show(result):
+    """The table a newcomer looks at."""
+    t = result["test"]
+    print(f"\n{t['n']} test rows, {t['positives']:.0%} likes, host {result['host']}, --kl {result['kl']}")
+    for name, key in (("AUC", "auc"), ("UAUC (users)", "uauc_user"), ("UAUC (impressions)", "uauc_impressions"), ("log-loss", "log_loss"),
+                      ("same answer to both questions", "contradiction"), ("|P+(Yes) + P-(Yes) - 1|", "soft_inconsistency"),
+                      ("both answers right", "joint_accuracy"), ("calibration error (ECE)", "ece"), ("neither Yes nor No", "invalid")):
+        print(f"  {name:30} {t[key]:.4f}")
+
+
+# 9 ---------------------------------------------------------------------------------------------------- compare
+VARIANTS = {   # name: (what changes, the flag that is swept, its values; the validation split picks one)
+    "off": ({"kl": "off"}, "lam", (0.0,)),
+    "official": ({"kl": "official"}, "lam", (1e-4, 1e-2)),
+    "paper": ({"kl": "paper"}, "lam", (0.03, 0.1, 0.3)),
+    "bounded": ({"kl": "bounded"}, "lam", (0.3, 1.0, 3.0)),
+    "neg-ce": ({"kl": "off"}, "neg_ce", (0.3, 1.0)),
+}
+COLUMNS = {"AUC": "auc", "contradiction": "contradiction", "soft inc.": "soft_inconsistency", "joint acc.": "joint_accuracy", "ECE": "ece"}
+
+
+def choose(reports, floor):
+    """The swept value with the fewest contradictions on validation among those whose AUC is at least `floor`, else the
+    one with the best AUC. reports: {value: list over seeds of RESULT records}."""
+    mean = lambda value, key: np.mean([r["valid"][key] for r in reports[value]])
+    good = [v for v in reports if mean(v, "auc") >= floor]
+    return min(good, key=lambda v: mean(v, "contradiction")) if good else max(reports, key=lambda v: mean(v, "auc"))
+
+
+def ablations(args):
+    """Every objective, swept value and seed, one run folder each; one table on test, the sweep on validation, and (with
+    matplotlib) ece.png: calibration error against λ. --resume goes on where it stopped."""
+    root = Path(args.run or f"runs/lcft-ablations-{Path(args.data).name}-{Path(args.backbone).name}")
+    found = {name: {value: [] for value in values} for name, (_, _, values) in VARIANTS.items()}
+    for seed in args.seeds or (args.seed,):
+        for name, (change, flag, values) in VARIANTS.items():
+            for value in values:
+                folder = root / f"s{seed}" / f"{name}-{value:g}"
+                print(f"\n=== {name}, {flag} {value:g}, seed {seed}", flush=True)
+                now = dataclasses.replace(args, ablations=False, seeds=(), seed=seed, run=str(folder), **change | {flag: value})
+                again = (folder / "args.json").exists() and not args.overwrite
+                found[name][value].append(train(dataclasses.replace(now, resume=again)))
+    floor = np.mean([r["valid"]["auc"] for r in found["off"][0.0]]) - 0.005
+    cell = lambda runs, split, key: metrics.mean_std([r[split][key] for r in runs])
+    shown = lambda runs, split: "".join(f"{m:9.4f} ± {0 if s != s else s:.4f}" for m, s in (cell(runs, split, k) for k in COLUMNS.values()))
+    head = "".join(f"{name:>18}" for name in COLUMNS)
+    print(f"\nvalidation, mean ± std over {len(found['off'][0.0])} seeds\n{'':20}{head}")
+    for name, by_value in found.items():
+        for value, runs in by_value.items():
+            print(f"{name + f' {value:g}':20}{shown(runs, 'valid')}")
+    table = {}
+    print(f"\ntest, at the value that validation chose (fewest contradictions with AUC ≥ off - 0.005)\n{'':20}{head}")
+    for name, by_value in found.items():
+        value = choose(by_value, floor)
+        print(f"{name + f' {value:g}':20}{shown(by_value[value], 'test')}")
+        table[name] = {"value": value} | {key: dict(zip(("mean", "std"), cell(by_value[value], "test", key))) for key in COLUMNS.values()}
+    plot(found, root / "ece.png")
+    print("RESULT " + json.dumps({"ablations": table, "data": args.data, "backbone": args.backbone}, sort_keys=True))
+    return table
+
+
+def plot(found, path):
+    """ECE on validation against λ, one line per objective. Without matplotlib the table above has the same numbers."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for name, by_value in found.items():
+        values = sorted(by_value)
+        mean, std = zip(*(metrics.mean_std([r["valid"]["ece"] for r in by_value[v]]) for v in values))
+        if name == "off":
+            axis.axhline(mean[0], color="grey", linestyle=":", label="off")
+        else:
+            axis.errorbar(values, mean, yerr=np.nan_to_num(std), marker="o", capsize=3, label=name)
+    axis.set(xscale="log", xlabel="λ (neg-ce: its weight)", ylabel="calibration error on validation", title="Over-confidence")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    print(f"ECE against λ: {path}")
+
+
+if __name__ == "__main__":
+    main(Args, train, __doc__)

@@ -1,0 +1,362 @@
+"""lcft.py: objectives, pairs, measures, data, resume, bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import lcft
+from common import llm, lora
+from common.run import UserError
+
+ROOT = Path(__file__).parent.parent
+KINDS = ("paper", "official", "jsd", "hinge", "swap")
+ON_ANSWERS = ("hinge", "swap")
+
+
+def random_logits(n=3, v=7, scale=2.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(2, n, v, generator=g, dtype=torch.float64)).requires_grad_()
+
+
+# ------------------------------------------------------------------------------------------------------- objectives
+LABEL = torch.tensor([1, 0, 1])
+
+
+@pytest.mark.parametrize("kind,ids", [(k, i) for k in KINDS for i in (None, [1, 4]) if k not in ON_ANSWERS or i])
+def test_gradients_of_every_divergence_are_right_in_double_precision(kind, ids):
+    x = random_logits()
+    if kind == "official":                                   # its flipped branch is detached: only the first may move
+        neg = x[1].detach()
+        assert torch.autograd.gradcheck(lambda pos: lcft.apart(pos, neg, kind, 100.0, ids), x[0].detach().requires_grad_())
+    else:
+        assert torch.autograd.gradcheck(lambda x: lcft.apart(x[0], x[1], kind, 100.0, ids, LABEL), x)
+
+
+@pytest.mark.parametrize("kind", ["answer", "yes"])
+def test_gradients_of_the_hosts_losses_are_right_in_double_precision(kind):
+    label = torch.tensor([1, 0, 1])
+    x = random_logits()[0].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: lcft.answer_loss(x[:, 1], x[:, 4], x.logsumexp(-1), label, kind), x)
+
+
+def test_the_answer_loss_is_pytorchs_cross_entropy():
+    x, label = random_logits()[0].detach(), torch.tensor([1, 0, 1])
+    want = F.cross_entropy(x, torch.where(label.bool(), 1, 4), reduction="none")
+    torch.testing.assert_close(lcft.answer_loss(x[:, 1], x[:, 4], x.logsumexp(-1), label), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients_are_finite_at_gaps_of_ten_thousand(kind, dtype):
+    pos = torch.tensor([[1e4, 0.0, 0.0], [0.0, 1e4, -1e4]], dtype=dtype, requires_grad=True)
+    neg = torch.tensor([[0.0, 1e4, 0.0], [0.0, -1e4, 1e4]], dtype=dtype, requires_grad=True)
+    far = lcft.apart(pos, neg, kind, 1e9, [0, 1] if kind in ON_ANSWERS else None, LABEL[:2])
+    far.sum().backward()
+    assert torch.isfinite(far).all() and torch.isfinite(pos.grad).all()
+    assert neg.grad is None if kind == "official" else torch.isfinite(neg.grad).all()
+
+
+def test_the_released_formula_gives_nan_where_ours_does_not():
+    pos, neg = torch.tensor([[200.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 200.0]])
+    theirs = F.kl_div(torch.log(torch.softmax(pos, -1)), torch.softmax(neg, -1), reduction="batchmean").clamp(max=1e4)
+    assert torch.isnan(torch.autograd.grad(theirs, pos)[0]).any()
+    assert torch.isfinite(torch.autograd.grad(lcft.apart(pos, neg, "official").sum(), pos)[0]).all()
+
+
+def test_each_divergence_by_hand_and_against_pytorch():
+    p, n = torch.tensor([[0.75, 0.25]]).double(), torch.tensor([[0.25, 0.75]]).double()
+    kl = 0.5 * math.log(3)                                   # 3/4 log 3 - 1/4 log 3
+    assert lcft.apart(p.log(), n.log(), "paper").item() == pytest.approx(kl)
+    assert lcft.apart(p.log(), n.log(), "paper", cap=0.1).item() == pytest.approx(0.1)
+    gap = 2 * math.log(3)                                    # log-odds log 3 and -log 3
+    for label, cap, want in ((1, 9.0, gap), (0, 9.0, -gap), (1, 0.5, 0.5)):
+        assert lcft.apart(p.log(), n.log(), "hinge", cap, [0, 1], torch.tensor([label])).item() == pytest.approx(want)
+    assert lcft.apart(p.log(), n.log(), "jsd").item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    a, b = random_logits().detach()
+    want = F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(lcft.apart(a, b, "official"), want)       # F.kl_div(input, target) is KL(target || input)
+    assert (lcft.apart(1e3 * a, 1e3 * b, "jsd") <= math.log(2) + 1e-9).all()
+    assert all(lcft.apart(a, a, kind, ids=[1, 4], label=LABEL).abs().max() < 1e-12 for kind in KINDS if kind != "swap")
+    assert lcft.apart(p.log(), n.log(), "swap", ids=[0, 1]).item() == pytest.approx(0, abs=1e-12)         # consistent
+    assert lcft.apart(a, b, "swap", ids=[1, 4]).max() < 0
+
+
+def test_the_officials_gradient_on_the_gap_is_the_identity_of_the_docstring():
+    lam, n = 0.7, torch.tensor([0.2, 0.6, 0.9]).double()
+    s = torch.tensor([-1.0, 0.5, 3.0]).double().requires_grad_()
+    pos = torch.stack([s, torch.zeros_like(s)], -1)
+    loss = -F.log_softmax(pos, -1)[:, 0] - lam * lcft.apart(pos, torch.stack([n, 1 - n], -1).log(), "official")
+    got = -torch.autograd.grad(loss.sum(), s)[0]
+    p = torch.sigmoid(s.detach())
+    torch.testing.assert_close(got, (1 - p) + lam * (p - n))
+    assert got[2] < (1 - p)[2] or n[2] < p[2]                # where n > p the right answer is pushed down
+
+
+def test_a_capped_divergence_gives_no_gradient_beyond_its_cap():
+    x = torch.tensor([[[3.0, 0.0, 0.0]], [[0.0, 3.0, 0.0]]], requires_grad=True)
+    for kind in ("paper", "hinge"):
+        far = lcft.apart(x[0], x[1], kind, 1e-3, [0, 1], torch.tensor([1]))
+        assert torch.autograd.grad(far.sum(), x)[0].abs().max() == 0
+
+
+def test_equal_answers_have_a_gradient_under_swap_and_hinge_only():
+    x = torch.tensor([[[3.0, 0.0, 0.0]], [[3.0, 0.0, 0.0]]], requires_grad=True)
+    slope = lambda kind: torch.autograd.grad(lcft.apart(x[0], x[1], kind, 4.0, [0, 1], torch.tensor([1])).sum(), x)[0].abs().max()
+    assert slope("hinge") == 1 and slope("swap") > 0.01 and slope("jsd") < 1e-6 and slope("paper") < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------ pairs
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small log of ratings whose users like what they liked."""
+    path, rng = tmp_path_factory.mktemp("log"), np.random.default_rng(0)
+    rows = [f"u{u},i{i},{5 if (u + i) % 3 else 1},{t}" for t, (u, i) in enumerate((rng.integers(12), rng.integers(30)) for _ in range(300))]
+    (path / "interactions.csv").write_text("user,item,rating,timestamp\n" + "\n".join(dict.fromkeys(rows)) + "\n")
+    (path / "items.csv").write_text("item,title,categories\n" + "".join(f"i{i},Film {i},comedy\n" for i in range(30)))
+    return path
+
+
+def make(folder, **change):
+    args = lcft.Args(**{"data": str(folder), "users": None, "prompt_history": 4, "lora_dropout": 0.0, **change})
+    return lcft.Host(args, torch.device("cpu"), lcft.Rows(args))
+
+
+def double(host):
+    host.model.double()
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():                                    # an adapter that does something
+        for p in lora.parameters(host.model):
+            p.copy_(0.1 * torch.randn(p.shape, generator=g))
+    return host
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("template", ["shared", "tallrec"])
+@pytest.mark.parametrize("flip", ["like", "enjoy"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_packed_pair_gives_the_answers_of_two_separate_padded_passes(folder, template, flip, side):
+    host = double(make(folder, template=template, flip=flip))
+    rows = host.rows.train[5:9]
+    seen = host.look(rows, "jsd", 1.0)
+    for g in (0, 1):
+        ids = []
+        for row in rows:
+            prompts = lcft.pair_prompts(*host.rows.before(row), host.rows.lines[host.rows.item[row]], template, flip)
+            ids.append(llm.chat(host.tokenizer, prompts[g][0] if len(prompts[g]) == 1 else "".join(prompts[g])))
+        width = max(map(len, ids)) + 3                       # three more than needed
+        pad = lambda x: [0] * (width - len(x)) + list(x) if side == "left" else list(x) + [0] * (width - len(x))
+        mask = torch.tensor([pad([1] * len(x)) for x in ids])
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = host.model(input_ids=torch.tensor([pad(x) for x in ids]), attention_mask=mask, position_ids=position).logits
+        last = logits[torch.arange(len(ids)), [width - 1 if side == "left" else len(x) - 1 for x in ids]]
+        torch.testing.assert_close(seen[:, 4 * g:4 * g + 2], last[:, host.ids], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kl", ["paper", "official", "bounded", "off"])
+def test_micro_batches_do_not_change_the_loss_or_its_gradient(folder, kl):
+    host = double(make(folder, kl=kl, neg_ce=0.5, flip="enjoy"))
+    rows, grads, values = host.rows.train[:6], [], []
+    for size in (6, 2, 1):
+        host.model.zero_grad()
+        total = 0.0
+        for part in np.split(rows, range(size, 6, size)):
+            loss, _ = lcft.train_pairs(host, part, kl)
+            (loss.sum() / 6).backward()
+            total += loss.sum().item() / 6
+        values.append(total)
+        grads.append(torch.cat([p.grad.flatten() for p in lora.parameters(host.model)]).clone())
+    assert values[1:] == pytest.approx(values[:1] * 2, abs=1e-6)
+    for g in grads[1:]:
+        torch.testing.assert_close(g, grads[0], atol=1e-6, rtol=1e-5)
+
+
+def test_the_shared_template_shares_the_context_and_the_flip_changes_the_question_only(folder):
+    host = make(folder)
+    packed, _ = host.pack(host.rows.train[5:6])
+    assert packed.tokens.shape[0] == 1 and make(folder, template="tallrec").pack(host.rows.train[5:6])[0].tokens.shape[0] == 2
+    assert int((packed.owner == -1).sum()) > 0.7 * int((packed.owner == -1).sum() + (packed.owner == 0).sum())
+    pos, neg = lcft.pair_prompts(["A"], [], "B")
+    assert pos[:-1] == neg[:-1] and pos[-1].replace("like", "dislike") == neg[-1]
+
+
+def test_the_officials_divergence_is_the_sum_over_positions_aligned_from_the_answer_backwards(folder):
+    host = double(make(folder, flip="enjoy", kl="official", lam=1.0, cap=1e9))
+    row = host.rows.train[7:8]
+    _, stats = lcft.train_pairs(host, row, "official")
+    prompts = lcft.pair_prompts(*host.rows.before(row[0]), host.rows.lines[host.rows.item[row[0]]], flip="enjoy")
+    logits = [host.model(torch.tensor([llm.chat(host.tokenizer, p)])).logits[0] for p in prompts]
+    n = min(map(len, logits))
+    want = lcft.apart(logits[0][-n:], logits[1][-n:], "official").sum()
+    torch.testing.assert_close(stats["apart"][0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_collms_vectors_reach_the_answer_and_only_the_mapping_learns_in_its_stage(folder):
+    host = make(folder, host="collm", mf_dim=4)
+    for p in lora.parameters(host.model):
+        p.requires_grad_(False)
+    rows = host.rows.train[3:6]
+    loss, _ = lcft.train_pairs(host, rows, "bounded", vectors=True)
+    loss.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in host.mapping.parameters())
+    assert all(p.grad is None for p in host.mf.parameters()) and all(p.grad is None for p in lora.parameters(host.model))
+    before = host.look(rows, None, 1.0, vectors=True)
+    with torch.no_grad():
+        host.mf.item.weight.mul_(-3)
+    assert not torch.equal(before, host.look(rows, None, 1.0, vectors=True))
+
+
+def test_an_embedded_slot_is_exactly_its_vector(folder):
+    host = make(folder)
+    soft = torch.randn(1, 2, host.model.config.hidden_size)
+    tokens = torch.tensor([[5, -2, 7, -1]])
+    vectors = llm.embed(host.model, tokens, soft)
+    words = host.model.get_input_embeddings().weight
+    assert torch.equal(vectors[0], torch.stack([words[5], soft[0, 1], words[7], soft[0, 0]]))
+
+
+# --------------------------------------------------------------------------------------------------------- measures
+def test_the_measures_of_four_answers_by_hand():
+    logit = lambda p: np.log(np.array(p) / (1 - np.array(p)))
+    p, n, label = [0.8, 0.6, 0.3, 0.9], [0.1, 0.7, 0.4, 0.2], np.array([1, 0, 0, 1])
+    got = lcft.report(np.array([0, 0, 1, 1]), label, logit(p), logit(n), np.array([0, 0.5, 0, 0]), np.zeros(4))
+    assert got["contradiction"] == 0.5                                        # rows 1 (Yes, Yes) and 2 (No, No)
+    assert got["soft_inconsistency"] == pytest.approx((0.1 + 0.3 + 0.3 + 0.1) / 4)
+    assert got["joint_accuracy"] == 0.5 and got["auc"] == 1.0 and got["uauc_user"] == 1.0
+    assert got["flip_auc"] == 1.0 and got["neg_auc"] == 1.0                   # P-: likes 0.1 and 0.2, dislikes 0.7 and 0.4
+    assert got["invalid"] == 0.125
+    assert got["ece"] == pytest.approx((0.2 + 0.6 + 0.3 + 0.1) / 4)
+
+
+def test_lambda_is_chosen_by_contradiction_among_those_that_keep_the_auc():
+    runs = lambda auc, wrong: [{"valid": {"auc": auc, "contradiction": wrong}}]
+    found = {0.1: runs(0.70, 0.5), 0.3: runs(0.698, 0.2), 1.0: runs(0.60, 0.0)}
+    assert lcft.choose(found, floor=0.695) == 0.3
+    assert lcft.choose(found, floor=0.9) == 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+def test_a_row_shows_what_was_rated_before_it_split_by_label_and_nothing_later(folder):
+    host = make(folder)
+    rows = host.rows
+    for row in (*rows.train[:20], *rows.test[-5:]):
+        earlier = [r for r in range(row) if rows.user[r] == rows.user[row]][-4:]
+        assert rows.before(row) == tuple([rows.lines[rows.item[r]] for r in earlier if rows.label[r] == k] for k in (1, 0))
+    assert rows.train.max() < rows.valid.min() and rows.valid.max() < rows.test.min()
+
+
+def test_few_shots_are_balanced_seeded_and_from_the_training_rows(folder):
+    all_rows = make(folder).rows
+    few = [lcft.Rows(lcft.Args(data=str(folder), shots=16, seed=s)) for s in (0, 0, 1)]
+    assert np.array_equal(few[0].train, few[1].train) and not np.array_equal(few[0].train, few[2].train)
+    assert few[0].label[few[0].train].sum() == 8 and set(few[0].train) <= set(all_rows.train)
+
+
+def test_movielens_100k_has_the_published_sizes():
+    if not os.environ.get("LLMREC_DATA"):
+        pytest.skip("LLMREC_DATA is not set")
+    rows = lcft.Rows(lcft.Args(data="ml100k"))
+    assert [len(rows.train), len(rows.valid), len(rows.test)] == [8000, 1000, 1000]
+
+
+def test_bookcrossing_is_read_and_split_by_user(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [f'"u{u}";"0{i:09d}";"{rng.integers(0, 11)}"' for u in range(200) for i in rng.permutation(30)[:3 + u % 4]]
+    (tmp_path / "BX-Book-Ratings.csv").write_text('"User-ID";"ISBN";"Book-Rating"\n' + "\n".join(rows) + "\n", encoding="latin-1")
+    (tmp_path / "BX-Books.csv").write_text('"ISBN";"Book-Title";"Book-Author"\r\n' + "".join(
+        f'"0{i:09d}";"Die Stra\u00dfe; \\"{i}\\" &amp; mehr";"A. B."\r\n' for i in range(30)), encoding="latin-1")
+    rows = lcft.Rows(lcft.Args(data=str(tmp_path)))
+    assert rows.above == 5 and rows.data.titles[0].startswith('Die Straße; "') and "& mehr" in rows.data.titles[0]
+    parts = (rows.train, rows.valid, rows.test)
+    users = [set(rows.user[p]) for p in parts]
+    assert [len(p) for p in parts] == [120, 15, 15] and not users[0] & users[1] | users[0] & users[2] | users[1] & users[2]
+    assert all(rows.place[r] == (rows.user == rows.user[r]).sum() - 1 for p in parts for r in p)
+
+
+def test_an_empty_history_and_a_title_of_5000_characters_are_asked_like_any_other(folder, tmp_path):
+    for name in ("interactions.csv", "items.csv"):
+        (tmp_path / name).write_text((folder / name).read_text().replace("Film 3,", "x" * 5000 + "</answer><|im_end|>,"))
+    host = make(tmp_path, min_history=0)
+    first = np.array([r for r in host.rows.train if host.rows.place[r] == 0])
+    found = lcft.ask(host, np.concatenate([first, host.rows.train[host.rows.item[host.rows.train] == 3][:2]]))
+    assert len(first) and all(np.isfinite(v).all() for v in found.values())
+    assert host.rows.before(first[0]) == ([], []) and "(nothing yet)" in lcft.pair_prompts([], [], "B")[0][0]
+    assert max(map(len, host.rows.lines)) < 200
+
+
+# ---------------------------------------------------------------------------------------------------- answers, input
+def test_answers_that_are_not_single_tokens_are_refused_with_a_pair_that_works(folder):
+    _, tokenizer = llm.load("tiny")
+    with pytest.raises(UserError, match="--answers Yes,No works"):
+        lcft.answer_ids(tokenizer, ("Absolutely not", "No"))
+    with pytest.raises(UserError, match="not two different"):
+        lcft.answer_ids(tokenizer, ("Yes", "Yes"))
+
+
+def run(*flags, cwd=ROOT):
+    return subprocess.run([sys.executable, str(ROOT / "lcft.py"), *flags], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("rows,flags,words", [
+    ("a,x,5,1\n" * 1, (), "ratings have 1 earlier"),
+    ("".join(f"a,i{k},5,{k}\n" for k in range(40)), (), "likes only"),
+    ("".join(f"a,i{k},great,{k}\n" for k in range(40)), (), "interactions.csv:2"),
+    ("".join(f"a,i{k},{1 + 4 * (k % 2)},{k}\n" for k in range(40)), ("--shots", "64"), "hold only"),
+])
+def test_a_users_mistake_is_one_clear_line(rows, flags, words, tmp_path, capsys):
+    (tmp_path / "interactions.csv").write_text("user,item,rating,timestamp\n" + rows)
+    with pytest.raises(SystemExit) as stop:
+        lcft.main(lcft.Args, lcft.train, lcft.__doc__, ["--data", str(tmp_path), "--run", str(tmp_path / "run"), *flags])
+    problem = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and problem.startswith("error: ") and words in problem
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_ratings_and_wrong_flags_are_one_line(tmp_path, capsys):
+    (tmp_path / "interactions.csv").write_text("user,item\n" + "".join(f"a,i{k}\n" for k in range(40)))
+    for flags, status, words in ((["--data", str(tmp_path)], 1, "no ratings"), (["--flip", "hate"], 2, "one of like, enjoy"),
+                                 (["--shots", "7"], 2, "even"), (["--kl", "none"], 2, "invalid choice")):
+        with pytest.raises(SystemExit) as stop:
+            lcft.main(lcft.Args, lcft.train, lcft.__doc__, flags)
+        assert stop.value.code == status and words in capsys.readouterr().err
+
+
+SMALL = ("--steps", "6", "--batch", "8", "--eval-every", "2", "--eval-rows", "20", "--prompt-history", "3", "--lora-dropout", "0.1")
+
+
+def test_a_user_with_no_likes_trains_and_the_worst_contradictions_can_be_read(folder, tmp_path):
+    out = run("--data", str(folder), "--run", str(tmp_path / "a"), *SMALL, "--host", "collm", "--mf-epochs", "3", "--mf-dim", "8")
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout.splitlines()[-1].removeprefix("RESULT "))
+    assert 0 <= result["test"]["contradiction"] <= 1 and {"mf", "lora", "map"} <= set(result)
+    rows = [json.loads(line) for line in (tmp_path / "a" / "contradictions.jsonl").read_text().splitlines()]
+    assert len(rows) <= 50 and all({"title", "liked", "disliked", "truth", "asked"} <= set(r) for r in rows)
+
+
+def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(folder, tmp_path):
+    flags, start = ("--data", str(folder), *SMALL), time.perf_counter()
+    want, whole = run(*flags, "--run", str(tmp_path / "whole")).stdout.splitlines()[-1], time.perf_counter() - start
+    rng, killed = np.random.default_rng(0), 0
+    for _ in range(int(os.environ.get("KILLS", 2))):
+        process = subprocess.Popen([sys.executable, str(ROOT / "lcft.py"), *flags, "--run", str(tmp_path / "cut"), "--resume"],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        time.sleep(whole * rng.uniform(0.5, 0.95))
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert killed and run(*flags, "--run", str(tmp_path / "cut"), "--resume").stdout.splitlines()[-1] == want
