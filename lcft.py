@@ -127,7 +127,8 @@ class Args:
             raise ValueError(f"--flip {self.flip}: one of {', '.join(FLIPS)}")
         if self.shots % 2 or self.shots < 0:
             raise ValueError("--shots must be even: half likes, half dislikes")
-        for name in ("batch", "micro_batch", "steps", "eval_every", "patience", "eval_rows", "eval_batch", "lora_rank", "mf_dim"):
+        for name in ("batch", "micro_batch", "steps", "eval_every", "patience", "eval_rows", "eval_batch", "lora_rank", "mf_dim",
+                     "mf_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         if (self.lam or 0) < 0 or self.neg_ce < 0 or (self.cap is not None and self.cap <= 0):
@@ -522,19 +523,20 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
     """
     state, restore, parameters = module
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    rows, step, best, waited, kept = host.rows, 0, -1.0, 0, state()
+    rows, done, best, waited, kept = host.rows, 0, -1.0, 0, state()
     if (saved := run.load(name)) is not None:
         tensors, earlier = saved
-        step, best, waited, kept = earlier["step"], earlier["best"], earlier["waited"], strip(tensors, "best/")
+        done, best, waited, kept = earlier["step"], earlier["best"], earlier["waited"], strip(tensors, "best/")
         run.rewind(earlier)
         restore(strip(tensors, "now/"))
         run.load_optimizer(optimizer, tensors)
     valid = np.sort(np.random.default_rng([args.seed, 3]).permutation(rows.valid)[:args.eval_rows])
     size, totals = min(args.batch, len(rows.train)), []
     per_epoch = len(rows.train) // size
-    for step in progress(range(step, args.steps), name, args.steps, initial=step):
+    for step in progress(range(done, args.steps), name, args.steps, initial=done):
         if waited >= args.patience:
             break
+        done = step + 1
         epoch, k = divmod(step, per_epoch)
         batch = np.random.default_rng([args.seed, 5, epoch]).permutation(rows.train)[k * size:(k + 1) * size]
         torch.manual_seed(cuda.key_seed(args.seed, name, step))                               # LoRA's dropout
@@ -550,17 +552,17 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
             group["lr"] = lr * min((step + 1) / max(args.warmup, 1), 1.0, (args.steps - step) / max(args.steps - args.warmup, 1))
         optimizer.step()
         totals.append({k: float(sum(p[k] for p in parts)) / size for k in parts[0]} | {"grad_norm": float(norm)})
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+        if done % args.eval_every == 0 or done == args.steps:
             now, _ = judge(host, valid, vectors)
             means = {k: float(np.mean([t[k] for t in totals])) for k in totals[0]}
-            run.log(name, step + 1, args.steps, **means, **{f"valid_{k}": now[k] for k in ("auc", "contradiction", "soft_inconsistency", "ece")})
+            run.log(name, done, args.steps, **means, **{f"valid_{k}": now[k] for k in ("auc", "contradiction", "soft_inconsistency", "ece")})
             totals, waited = [], waited + 1
             if now["auc"] > best:
                 best, kept, waited = now["auc"], state(), 0
             run.save(name, prefix("now/", state()) | prefix("best/", kept) | run.optimizer_tensors(optimizer),
-                     {"step": step + 1, "best": best, "waited": waited})
+                     {"step": done, "best": best, "waited": waited})
     restore(kept)
-    return {"steps": step + 1, "valid_auc": round(best, 4)}
+    return {"steps": done, "valid_auc": round(best, 4)}
 
 
 def train(args):
