@@ -669,7 +669,8 @@ def ablations(args):
     for name, by_value in found.items():
         value = choose(by_value, floor)
         print(f"{name + f' {value:g}':20}{shown(by_value[value], 'test')}")
-        table[name] = {"value": value} | {key: dict(zip(("mean", "std"), cell(by_value[value], "test", key))) for key in COLUMNS.values()}
+        table[name] = {"value": value} | {key: {"mean": round(m, 6), "std": None if s != s else round(s, 6)}
+                                          for key, (m, s) in ((k, cell(by_value[value], "test", k)) for k in COLUMNS.values())}
     plot(found, root / "ece.png")
     print("RESULT " + json.dumps({"ablations": table, "data": args.data, "backbone": args.backbone}, sort_keys=True))
     return table
