@@ -17,6 +17,7 @@ backbone: $(VENV)/ready
 
 results: $(VENV)/ready
 	$(PYTHON) curec.py --ablations --seeds 0,1,2 --data toy --run runs/results-toy --resume
+	$(PYTHON) lcft.py --ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 --run runs/results-lcft-toy
 
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)

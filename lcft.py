@@ -692,7 +692,7 @@ def plot(found, path):
             axis.axhline(mean[0], color="grey", linestyle=":", label="off")
         else:
             axis.errorbar(values, mean, yerr=np.nan_to_num(std), marker="o", capsize=3, label=name)
-    axis.set(xscale="log", xlabel="λ (neg-ce: its weight)", ylabel="calibration error on validation", title="Over-confidence")
+    axis.set(xscale="log", xlabel="λ (neg-ce: its weight)", ylabel="calibration error on validation", title="Calibration against λ")
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
