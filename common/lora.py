@@ -26,12 +26,13 @@ PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": F
 class LoRALinear(nn.Module):
     """A frozen nn.Linear of any dtype with a low-rank fp32 adapter: A (r, in), B (out, r)."""
 
-    def __init__(self, base, rank, alpha, dropout):
+    def __init__(self, base, rank, alpha, dropout, generator=None):
         super().__init__()
         self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / rank, nn.Dropout(dropout)
-        fp32 = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **fp32))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **fp32))
+        bound = 1 / math.sqrt(base.in_features)       # Kaiming-uniform, a = sqrt(5), drawn on the CPU: the same anywhere
+        drawn = torch.zeros(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(drawn.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
         self.enabled, self.merged = True, False
 
     def forward(self, x):
@@ -73,11 +74,7 @@ def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, base in chosen.items():
-        layer = LoRALinear(base, rank, alpha, dropout)
-        with torch.no_grad():              # Kaiming-uniform, a = sqrt(5), drawn on the CPU: the same anywhere
-            bound = 1 / math.sqrt(base.in_features)
-            drawn = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-            layer.lora_A.copy_(drawn)
+        layer = LoRALinear(base, rank, alpha, dropout, generator)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.train(base.training))
     return list(chosen)
