@@ -188,8 +188,7 @@ class RewardModel(nn.Module):
         """Set what is known before training. The item bias starts at the log of the training popularity: that is what
         BCE against uniform negatives converges to first. told: the share of an item's training users who wrote one of
         its reasons, which is how often a positive has a masked one (see match)."""
-        users, positions = logs.train_events()
-        count = np.bincount(logs.item_at(users, positions), minlength=len(self.bias.weight) - 1)
+        count = logs.item_counts()
         self.bias.weight.data[1:, 0] = torch.from_numpy(np.log((count + 1) / (count + 1).mean())) - math.log(self.args.negatives)
         written = (texts.author >= 0).sum(1).cpu().numpy()
         self.told.copy_(torch.from_numpy(np.minimum(written / np.maximum(count, 1), 1.0)))
@@ -453,8 +452,7 @@ class Policy:
         self.args, self.device = args, device
         dtype = cuda.pick_dtype(args.dtype, device)
         self.model, self.tokenizer = llm.load(args.backbone, device, dtype)
-        targets = args.lora_targets if args.lora_targets == "all-linear" else tuple(args.lora_targets.split(","))
-        lora.inject(self.model, targets, args.lora_rank, args.lora_alpha, 0.0, seed=args.seed)   # no dropout in RL
+        lora.inject(self.model, args.lora_targets, args.lora_rank, args.lora_alpha, 0.0, seed=args.seed)   # no dropout in RL
         self.eos = llm.eos_ids(self.model, self.tokenizer)
         self.start()
 
@@ -775,8 +773,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], lr=args.rm_lr)
     L = args.max_history
-    users, positions = logs.train_events()
-    weights = (np.bincount(logs.item_at(users, positions), minlength=len(logs.data.items)) + 1.0) ** args.negative_power
+    weights = (logs.item_counts() + 1.0) ** args.negative_power
     log_q = torch.as_tensor(np.log(weights / weights.mean()), dtype=torch.float32, device=device)
     # A user's training sequence is cut into windows of L targets; the cut moves from epoch to epoch.
     saved, first, best, best_epoch, stale = run.load(name), 0, -1.0, 0, 0
@@ -799,14 +796,15 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
             sequence = logs.histories(u, end, int((end - start).max()), start).to(device)
             others = datasets.negatives(logs.data, u, args.negatives, cuda.key_seed(args.seed, "neg", epoch, s) % 2**31,
                                         weights=weights if args.negative_power else None)
+            others = torch.as_tensor(others, device=device).long()
             lr = args.rm_lr * min((epoch * count + s + 1) / 100, 1.02 - (epoch + s / count) / args.rm_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 positive, negative = model.forward_all_times(
-                    torch.as_tensor(u, device=device), sequence, torch.as_tensor(others, device=device).long() + 1, texts)
+                    torch.as_tensor(u, device=device), sequence, others + 1, texts)
             real = (sequence > 0).float()
-            drawn_by = (log_q[(sequence - 1).clamp(min=0)], log_q[torch.as_tensor(others, device=device).long()][:, None])
+            drawn_by = (log_q[(sequence - 1).clamp(min=0)], log_q[others][:, None])
             loss = (recommendation_loss(positive.float(), negative.float(), args.rm_loss, drawn_by) * real).sum() / real.sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

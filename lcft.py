@@ -46,7 +46,6 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
 # 1 ---------------------------------------------------------------------------------------------------- imports
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -198,17 +197,16 @@ def pair_prompts(liked, disliked, item, template="shared", flip="like", answers=
 
 
 def answer_ids(tokenizer, answers):
-    """Token ids of Yes and No where the answer begins. Raises UserError, with the fix, if a word is not one token
-    there: its first piece would be scored in its place."""
-    start = llm.chat(tokenizer, "?")
+    """Token ids of Yes and No. Raises UserError, with the fix, if a word is not one token: its first piece would be
+    scored in its place."""
     def one(word):
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
         return ids[0] if len(ids) == 1 and tokenizer.decode(ids).strip() == word.strip() else None
     found = [one(word) for word in answers]
-    if None in found or found[0] == found[1] or not start:
-        others = [pair for pair in (("Yes", "No"), ("yes", "no"), (" Yes", " No"), ("A", "B"), ("1", "0"), ("y", "n"))
+    if None in found or found[0] == found[1]:
+        others = [pair for pair in (("Yes", "No"), ("yes", "no"), ("A", "B"), ("1", "0"), ("y", "n"))
                   if None not in (ids := [one(w) for w in pair]) and ids[0] != ids[1]]
-        fix = f"--answers {','.join(w.strip() for w in others[0])} works" if others else "take another --backbone"
+        fix = f"--answers {','.join(others[0])} works" if others else "take another --backbone"
         raise UserError(f"--answers {','.join(answers)}: not two different single tokens of this tokenizer; {fix}")
     return found
 
@@ -336,8 +334,7 @@ class Host:
         self.args, self.device, self.rows = args, device, rows
         self.model, self.tokenizer = llm.load(args.backbone, device, cuda.pick_dtype(args.dtype, device))
         self.ids = answer_ids(self.tokenizer, args.answers)
-        targets = args.lora_targets if args.lora_targets == "all-linear" else tuple(args.lora_targets.split(","))
-        lora.inject(self.model, targets, args.lora_rank, args.lora_alpha, args.lora_dropout, seed=args.seed)
+        lora.inject(self.model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout, seed=args.seed)
         self.mf = self.mapping = None
         if args.host == "collm":
             words = self.model.get_input_embeddings().weight
@@ -436,8 +433,8 @@ def ask(host, rows, vectors=False, desc=None):
     """Both questions on every row -> arrays (n,): gap and flipped gap logit(Yes) - logit(No), Jensen-Shannon divergence
     of the two answers, and the share of the two whose likeliest token is neither Yes nor No."""
     host.model.eval()
-    length = [len(a) + len(b) for a, b in (host.rows.before(r) for r in rows)]
-    order, size = np.argsort(length, kind="stable"), host.args.eval_batch
+    shown = np.minimum(host.rows.place[rows], host.args.prompt_history)                       # titles in the prompt
+    order, size = np.argsort(shown, kind="stable"), host.args.eval_batch
     found = np.zeros((len(rows), 9))
     for start in progress(range(0, len(rows), size), desc, -(-len(rows) // size)):
         part = order[start:start + size]

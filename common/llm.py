@@ -501,7 +501,7 @@ def encode(model, tokenizer, texts, batch_size=64, max_tokens=256, desc=None):
     """Mean of the last hidden layer over a text's tokens -> (N, D) fp32 on the model's device. An empty text
     is the end token alone. Independent of padding: a padded position is neither seen nor averaged."""
     empty = [(eos_ids(model, tokenizer) or [0])[0]]
-    ids = [list(plain_ids(tokenizer, t)[:max_tokens]) or empty for t in texts]
+    ids = [plain_ids(tokenizer, t)[:max_tokens] or empty for t in texts]
     order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
     vectors = torch.zeros(len(ids), model.config.hidden_size, device=model.device)
     for start in progress(range(0, len(ids), batch_size), desc, -(-len(ids) // batch_size)):

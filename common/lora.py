@@ -55,8 +55,8 @@ def layers(model):
 def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0):
     """Replace linear layers by LoRA layers, in place; returns their paths. Everything else is frozen.
 
-    targets: ends of layer paths such as ("q_proj", "v_proj"), or "all-linear" = every linear layer but the
-    output head. Raises UserError when a target is no linear layer of this model.
+    targets: ends of layer paths such as ("q_proj", "v_proj") or "q_proj,v_proj", or "all-linear" = every linear
+    layer but the output head. Raises UserError when a target is no linear layer of this model.
     """
     if layers(model):
         raise ValueError("this model has LoRA layers already")
@@ -65,6 +65,7 @@ def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0
     if targets == "all-linear":
         chosen, missing = linear, [] if linear else [targets]
     else:
+        targets = targets.split(",") if isinstance(targets, str) else targets
         ends = {t: [name for name in linear if f".{name}".endswith(f".{t}")] for t in targets}
         missing = sorted(t for t, names in ends.items() if not names)
         chosen = {name: m for name, m in linear.items() if any(name in names for names in ends.values())}

@@ -42,6 +42,11 @@ class Logs:
         order = np.lexsort((positions, users, self.times[self.bounds[users] + positions]))
         return users[order], positions[order]
 
+    def item_counts(self):
+        """How often each item was chosen in training, (n_items,) int64: its popularity."""
+        users, positions = self.train_events()
+        return np.bincount(self.item_at(users, positions), minlength=len(self.data.items))
+
     def histories(self, users, before, length, after=None):
         """(B, length) item ids + 1: the items of each user before position `before` (and from `after` on), at most
         `length` of them, oldest first, padded with 0 at the end."""
@@ -70,8 +75,7 @@ class Logs:
 
 def popularity(logs):
     """The baseline that knows nobody: items by how often they were chosen in training."""
-    users, positions = logs.train_events()
-    count = np.bincount(logs.item_at(users, positions), minlength=len(logs.data.items)).astype(float)
+    count = logs.item_counts().astype(float)
     ranks = []
     for u in logs.judged:
         seen = np.zeros((1, len(count)), dtype=bool)

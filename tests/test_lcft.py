@@ -93,14 +93,14 @@ def test_each_divergence_by_hand_and_against_pytorch():
 
 
 def test_the_officials_gradient_on_the_gap_is_the_identity_of_the_docstring():
-    lam, n = 0.7, torch.tensor([0.2, 0.6, 0.9]).double()
+    lam, n = 0.7, torch.tensor([0.2, 0.6, 0.99]).double()
     s = torch.tensor([-1.0, 0.5, 3.0]).double().requires_grad_()
     pos = torch.stack([s, torch.zeros_like(s)], -1)
     loss = -F.log_softmax(pos, -1)[:, 0] - lam * lcft.apart(pos, torch.stack([n, 1 - n], -1).log(), "official")
     got = -torch.autograd.grad(loss.sum(), s)[0]
     p = torch.sigmoid(s.detach())
     torch.testing.assert_close(got, (1 - p) + lam * (p - n))
-    assert got[2] < (1 - p)[2] or n[2] < p[2]                # where n > p the right answer is pushed down
+    assert n[2] > p[2] and got[2] < (1 - p)[2] and n[0] < p[0] and got[0] > (1 - p)[0]     # where n > p it is pushed down
 
 
 def test_a_capped_divergence_gives_no_gradient_beyond_its_cap():
@@ -183,6 +183,29 @@ def test_micro_batches_do_not_change_the_loss_or_its_gradient(folder, kl):
     assert values[1:] == pytest.approx(values[:1] * 2, abs=1e-6)
     for g in grads[1:]:
         torch.testing.assert_close(g, grads[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kl,bound", [("paper", "swap"), ("official", "swap"), ("bounded", "swap"), ("bounded", "jsd"), ("bounded", "hinge")])
+def test_a_step_against_the_loss_moves_the_answers_the_way_each_objective_says(folder, kl, bound):
+    """Or a wrong sign before lambda would pass unseen. A large lambda: the step is the divergence's."""
+    host = double(make(folder, kl=kl, bound=bound, lam=1e3, cap=1e9))
+    rows, optimizer = host.rows.train[:6], torch.optim.SGD(lora.parameters(host.model), lr=1e-6)
+    loss, before = lcft.train_pairs(host, rows, kl)
+    torch.testing.assert_close(loss, before["ce"] - 1e3 * before["apart"])
+    loss.mean().backward()
+    optimizer.step()
+    assert lcft.train_pairs(host, rows, kl)[1]["apart"].mean() > before["apart"].mean()
+
+
+def test_a_step_on_the_flipped_answer_makes_the_opposite_of_the_label_likelier(folder):
+    host = double(make(folder, kl="off", neg_ce=1e3))
+    rows, optimizer = host.rows.train[:6], torch.optim.SGD(lora.parameters(host.model), lr=1e-6)
+    right = torch.as_tensor(1 - 2 * host.rows.label[rows])   # +1: the flipped question of a dislike wants Yes
+    gap = lambda: (seen := host.look(rows, None, 1.0))[:, 4] - seen[:, 5]
+    before = (right * gap()).mean()
+    lcft.train_pairs(host, rows, "off")[0].mean().backward()
+    optimizer.step()
+    assert (right * gap()).mean() > before
 
 
 def test_the_shared_template_shares_the_context_and_the_flip_changes_the_question_only(folder):
