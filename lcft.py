@@ -35,6 +35,8 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
   - The answer is one token, Yes or No. `--template shared` puts context first and question last, so that a pair shares
     its context and runs through the model once; `--template tallrec` is the published order: instruction first, and a
     last line that asks for "like" in both prompts.
+  - CoLLM trains the logit of Yes alone, by binary cross-entropy: --ce yes, which then also is the score. By default both
+    hosts have [1] and [6]: where No is never trained, Yes against No says little on contradictions.
   - Neither the wording of the flip for CoLLM nor which stage has the KL term is public: --kl-stages, both by default.
   - MovieLens-1M: CoLLM's rows came with a file of its own; ours are all ratings of the same months.
 
@@ -99,7 +101,7 @@ class Args:
     lam: float | None = None  # λ (default 1; with --kl official the code's 1e-4)
     cap: float | None = None  # nats that earn a bonus (default: paper 10, official 10000, hinge 4)
     neg_ce: float = 0.0  # weight of [5], the cross-entropy of the flipped answer to the flipped question
-    ce: Literal["answer", "yes"] | None = None  # CE over the vocabulary, or BCE on the logit of Yes (default: answer; collm: yes)
+    ce: Literal["answer", "yes"] = "answer"  # CE of the answer over the vocabulary, or CoLLM's BCE on the logit of Yes alone
     kl_stages: Literal["lora", "map", "both"] = "both"  # with --host collm: which stages have the KL term
     # -- matrix factorisation (with --host collm)
     mf_dim: int = 64  # d; the paper's 256 is for larger data
@@ -418,11 +420,11 @@ def train_pairs(host, rows, kl, vectors=False):
         far = each.new_zeros(len(rows)).index_add(0, which, each).clamp(max=cap)
     else:
         seen = host.look(rows, kind, cap, vectors)
-        ce, far = answer_loss(seen[:, 0], seen[:, 1], seen[:, 2], label, args.ce or ("yes" if args.host == "collm" else "answer")), seen[:, 8]
+        ce, far = answer_loss(seen[:, 0], seen[:, 1], seen[:, 2], label, args.ce), seen[:, 8]
     loss, stats = ce - lam * far, {"ce": ce, "apart": far}
     if args.neg_ce:                                              # [5]
         seen = host.look(rows, None, 1.0, vectors) if kl == "official" else seen
-        stats["neg_ce"] = answer_loss(seen[:, 4], seen[:, 5], seen[:, 6], 1 - label, args.ce or "answer")
+        stats["neg_ce"] = answer_loss(seen[:, 4], seen[:, 5], seen[:, 6], 1 - label, args.ce)
         loss = loss + args.neg_ce * stats["neg_ce"]
     return loss, stats | {"loss": loss}
 
@@ -430,8 +432,9 @@ def train_pairs(host, rows, kl, vectors=False):
 # 7 ---------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def ask(host, rows, vectors=False, desc=None):
-    """Both questions on every row -> arrays (n,): gap and flipped gap logit(Yes) - logit(No), Jensen-Shannon divergence
-    of the two answers, and the share of the two whose likeliest token is neither Yes nor No."""
+    """Both questions on every row -> arrays (n,): gap and flipped gap logit(Yes) - logit(No) (--ce yes trains the logit of
+    Yes alone: then that), Jensen-Shannon divergence of the two answers, and the share of the two whose likeliest token
+    is neither Yes nor No."""
     host.model.eval()
     shown = np.minimum(host.rows.place[rows], host.args.prompt_history)                       # titles in the prompt
     order, size = np.argsort(shown, kind="stable"), host.args.eval_batch
@@ -440,8 +443,9 @@ def ask(host, rows, vectors=False, desc=None):
         part = order[start:start + size]
         found[part] = host.look(np.asarray(rows)[part], "jsd", 1.0, vectors).float().cpu().numpy()
     yes, no, _, top = found[:, :8].reshape(-1, 2, 4).transpose(2, 1, 0)                       # (2, n) each
-    return {"gap": yes[0] - no[0], "flipped": yes[1] - no[1], "jsd": found[:, 8],
-            "invalid": (top > np.maximum(yes, no)).mean(0)}
+    invalid = (top > np.maximum(yes, no)).mean(0)
+    gap = yes if host.args.ce == "yes" else yes - no
+    return {"gap": gap[0], "flipped": gap[1], "jsd": found[:, 8], "invalid": invalid}
 
 
 def sigmoid(x):
