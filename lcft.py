@@ -185,13 +185,13 @@ The user disliked these titles:
 The user now sees this title:
 - {item}
 """
-VECTORS = ("What other users chose says this of the user: ", 0, ", and this of the title: ", 1, "\n")   # 0 and 1: slots
+# 0 and 1 are slots for vectors. They come first, where words that the adapter never saw disturb what it learned least.
+VECTORS = ("What other users chose says this of the user: ", 0, ", and this of the title: ", 1, "\n")
 
 
 def pair_prompts(liked, disliked, item, template="shared", flip="like", answers=("Yes", "No"), vectors=False):
     """The two prompts of a pair, each a list of texts and slot numbers (see llm.chat). The context is the same."""
-    context = [CONTEXT.format(liked=history_lines(liked), disliked=history_lines(disliked), item=item)]
-    context += list(VECTORS) if vectors else []
+    context = [*(VECTORS if vectors else ()), CONTEXT.format(liked=history_lines(liked), disliked=history_lines(disliked), item=item)]
     answer = f" Answer {answers[0]} or {answers[1]}."
     if template == "shared":
         return [[*context, question + answer] for question in FLIPS[flip]]

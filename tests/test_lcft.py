@@ -371,6 +371,22 @@ def test_a_user_with_no_likes_trains_and_the_worst_contradictions_can_be_read(fo
     assert len(rows) <= 50 and all({"title", "liked", "disliked", "truth", "asked"} <= set(r) for r in rows)
 
 
+@pytest.mark.parametrize("flags", ["--bound jsd --kl-vocab full", "--bound hinge --flip enjoy", "--kl official --neg-ce 0.5 --micro-batch 3",
+                                   "--host collm --ce yes --kl-stages lora", "--host collm --kl-stages map --template tallrec"])
+def test_every_objective_and_host_runs_to_its_result(folder, tmp_path, capsys, flags):
+    few = ("--steps", "2", "--batch", "4", "--eval-rows", "10", "--prompt-history", "2", "--mf-epochs", "2", "--mf-dim", "4")
+    lcft.main(lcft.Args, lcft.train, lcft.__doc__, ["--data", str(folder), "--run", str(tmp_path / "a"), *few, *flags.split()])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert 0 <= result["test"]["auc"] <= 1 and result["test"]["divergence"] >= 0 and ("map" in result) == ("collm" in flags)
+
+
+def test_with_collms_loss_the_score_is_the_logit_that_was_trained(folder):
+    one, both = make(folder, ce="yes"), make(folder)
+    seen = both.look(both.rows.test, None, 1.0)
+    np.testing.assert_allclose(lcft.ask(one, one.rows.test)["gap"], seen[:, 0].detach(), atol=1e-4)
+    np.testing.assert_allclose(lcft.ask(both, both.rows.test)["gap"], (seen[:, 0] - seen[:, 1]).detach(), atol=1e-4)
+
+
 def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(folder, tmp_path):
     flags, start = ("--data", str(folder), *SMALL), time.perf_counter()
     want, whole = run(*flags, "--run", str(tmp_path / "whole")).stdout.splitlines()[-1], time.perf_counter() - start
