@@ -630,7 +630,7 @@ VARIANTS = {   # name: (what changes, the flag that is swept, its values; the va
     "off": ({"kl": "off"}, "lam", (0.0,)),
     "official": ({"kl": "official"}, "lam", (1e-4, 1e-2)),
     "paper": ({"kl": "paper"}, "lam", (0.03, 0.1, 0.3)),
-    "bounded": ({"kl": "bounded"}, "lam", (0.3, 1.0, 3.0)),
+    "bounded": ({"kl": "bounded"}, "lam", (0.3, 1.0, 3.0, 10.0, 30.0)),
     "neg-ce": ({"kl": "off"}, "neg_ce", (0.3, 1.0)),
 }
 COLUMNS = {"AUC": "auc", "contradiction": "contradiction", "soft inc.": "soft_inconsistency", "joint acc.": "joint_accuracy", "ECE": "ece"}
