@@ -28,6 +28,9 @@ class AttentionUnit(nn.Module):
         of_q = q @ (wq + wd).T + self.first.bias                               # (B, C, H)
         of_k = k @ (wk - wd).T                                                 # (B, L, H)
         B, L, D = k.shape
+        if q.shape[1] < self.hidden:                                           # few candidates: the products are small
+            both = ((q[:, :, None] * k[:, None]) @ wp.T).add_(of_q[:, :, None]).add_(of_k[:, None]).relu_()
+            return both @ self.second.weight[0] + self.second.bias
         keys = (k[:, :, None, :] * wp).reshape(B, L * self.hidden, D)          # product part as one matrix product
         if torch.is_grad_enabled():
             both = (q @ keys.transpose(1, 2)).view(B, q.shape[1], L, self.hidden)
@@ -70,3 +73,139 @@ class DIN(nn.Module):
         """Logits of every item (B, n_items), column i = item id i (without the shift)."""
         every = torch.arange(1, self.item.num_embeddings, device=history.device)
         return torch.cat([self(users, part.expand(len(users), -1), history) for part in every.split(chunk)], 1)
+
+
+# ---------------------------------------------------------------------------------------------------- CTR models on fields
+# A row is fields of D numbers: user, item, the past items, and where items have categories these of the item and of the past.
+class FM(nn.Module):
+    """Factorisation machine of order 2 (DeepFM, arXiv 1703.04247): sum over pairs of fields of <e_i, e_j>."""
+
+    def forward(self, e):
+        """e (B, F, D) -> (B,), by (sum e)^2 - sum e^2 instead of the pairs."""
+        return ((e.sum(1) ** 2 - (e ** 2).sum(1)) / 2).sum(-1)
+
+
+class CIN(nn.Module):
+    """Compressed interaction network (xDeepFM, arXiv 1803.05170, eq. 6): x^k_h = relu(sum_ij W^k_hij x^(k-1)_i * x^0_j)."""
+
+    def __init__(self, fields, sizes):
+        super().__init__()
+        self.mix = nn.ModuleList(nn.Linear(a * fields, b) for a, b in zip([fields, *sizes], sizes))
+
+    def forward(self, e):
+        """e (B, F, D) -> (B, sum of sizes): each layer's maps, summed over D."""
+        x, out = e, []
+        for mix in self.mix:
+            pairs = torch.einsum("bhd,bmd->bdhm", x, e).flatten(2)            # (B, D, H * F)
+            x = F.relu(mix(pairs)).transpose(1, 2)                            # (B, H', D)
+            out.append(x.sum(-1))
+        return torch.cat(out, -1)
+
+
+class InteractingLayer(nn.Module):
+    """Self-attention over fields (AutoInt, arXiv 1810.11921, eq. 5-8): heads side by side, residual, relu; the scores are
+    not scaled, as published."""
+
+    def __init__(self, dim, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.skip = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+
+    def forward(self, e):
+        """e (B, F, D) -> (B, F, D)."""
+        split = lambda x: x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)                # (B, heads, F, D / heads)
+        q, k, v = (split(f(e)) for f in (self.query, self.key, self.value))
+        mixed = (q @ k.transpose(2, 3)).softmax(-1) @ v
+        return F.relu(mixed.transpose(1, 2).flatten(2) + self.skip(e))
+
+
+class CrossNet(nn.Module):
+    """DCN (arXiv 1708.05123): x_l+1 = x_0 <x_l, w> + b + x_l. DCNv2 (arXiv 2008.13535): x_l+1 = x_0 * (W x_l + b) + x_l."""
+
+    def __init__(self, width, layers, matrix):
+        super().__init__()
+        self.weight = nn.ModuleList(nn.Linear(width, width if matrix else 1, bias=matrix) for _ in range(layers))
+        self.bias = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(0 if matrix else layers))
+
+    def forward(self, x0):
+        """x0 (B, W) -> (B, W)."""
+        x = x0
+        for k, weight in enumerate(self.weight):
+            x = x0 * weight(x) + x + (self.bias[k] if len(self.bias) else 0)
+        return x
+
+
+class CTR(nn.Module):
+    """Click model: logit = first order (FM family) + crossing + MLP, on the fields (5, or 3 where no item has a category).
+
+    kind: deepfm, xdeepfm, autoint, dcn, dcnv2, din. They differ in the crossing alone, and DIN in the past: it weighs
+    past items by the candidate, all others take their mean. categories (n_items + 1, K): those of each shifted item, 0 =
+    none; an item has their mean. extra: width of further inputs of the MLP (KAR's vectors).
+    """
+
+    def __init__(self, kind, n_users, n_items, categories, dim=64, hidden=(200, 80), dropout=0.1, extra=0):
+        super().__init__()
+        self.register_buffer("categories", torch.as_tensor(categories).long())
+        n_categories = int(self.categories.max()) + 1
+        self.kind, self.kinds = kind, 2 if n_categories > 1 else 1         # of an item: its id, its categories
+        n_fields = 1 + 2 * self.kinds
+        width = n_fields * dim
+        self.user, self.item = nn.Embedding(n_users, dim), nn.Embedding(n_items + 1, dim, padding_idx=0)
+        self.category = nn.Embedding(n_categories, dim, padding_idx=0) if self.kinds == 2 else None
+        self.first_order = nn.ModuleList(nn.Embedding(n, 1) for n in (n_users, n_items + 1, n_categories)[:1 + self.kinds]
+                                         if kind in ("deepfm", "xdeepfm", "autoint"))
+        for table in filter(None, (self.user, self.item, self.category)):
+            nn.init.normal_(table.weight, std=0.01)
+            if table.padding_idx is not None:
+                table.weight.data[0] = 0
+        for table in self.first_order:
+            nn.init.zeros_(table.weight)
+        self.unit = AttentionUnit(self.kinds * dim) if kind == "din" else None
+        self.fm = FM() if kind == "deepfm" else None
+        self.cross, crossed = {"xdeepfm": lambda: (CIN(n_fields, (100, 100)), 200), "autoint": lambda: (InteractingLayer(dim), width),
+                               "dcn": lambda: (CrossNet(width, 3, False), width), "dcnv2": lambda: (CrossNet(width, 2, True), width),
+                               }.get(kind, lambda: (None, 0))()
+        sizes = [width + extra, *hidden]
+        self.mlp = nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:])
+                                   for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))])
+        self.out = nn.Linear(hidden[-1] + crossed, 1)
+
+    def fields(self, users, items, history):
+        """(B, C, F, D). The past is read once for all candidates of a row; DIN weighs it once for each."""
+        (B, C), D = items.shape, self.item.embedding_dim
+        mine = self.of_items(items)                                                           # (B, C, kinds D)
+        if self.unit is not None:
+            pooled = self.unit(mine, self.of_items(history), (history > 0).to(mine.dtype))
+        else:
+            pooled = F.embedding_bag(history, self.item.weight, mode="mean", padding_idx=0)
+            if self.category is not None:
+                pooled = torch.cat([pooled, self.mean(self.categories[history].flatten(1))], -1)
+            pooled = pooled[:, None].expand_as(mine)
+        user = self.user(users)[:, None].expand(B, C, D)
+        return torch.cat([user, mine, pooled], -1).view(B, C, -1, D)
+
+    def mean(self, names):
+        """(N, K) categories, 0 = none -> the mean of their embeddings (N, D)."""
+        return F.embedding_bag(names, self.category.weight, mode="mean", padding_idx=0)
+
+    def of_items(self, items):
+        """(B, N) shifted ids -> (B, N, kinds D): the item, and its categories where there are any."""
+        e = self.item(items)
+        return e if self.category is None else torch.cat([e, self.mean(self.categories[items].flatten(0, 1)).view_as(e)], -1)
+
+    def forward(self, users, items, history, extra=None):
+        """users (B,), items (B, C) shifted by one, history (B, L) shifted, 0 = padding, extra (B, C, E) -> logits (B, C)."""
+        e = self.fields(users, items, history).flatten(0, 1)                                  # (B C, F, D)
+        flat = e.flatten(1)
+        parts = [self.mlp(flat if extra is None else torch.cat([flat, extra.flatten(0, 1)], -1))]
+        if self.cross is not None:
+            parts.append(self.cross(flat if self.kind.startswith("dcn") else e).flatten(1))
+        logit = self.out(torch.cat(parts, -1)).view(items.shape)
+        if self.fm is not None:
+            logit = logit + self.fm(e).view(items.shape)
+        if self.first_order:
+            of_user, of_item, *of_category = self.first_order
+            logit = logit + of_user(users) + of_item(items)[..., 0]
+            for table in of_category:
+                logit = logit + F.embedding_bag(self.categories[items].flatten(0, 1), table.weight, mode="mean", padding_idx=0).view_as(logit)
+        return logit
