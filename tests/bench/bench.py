@@ -17,6 +17,11 @@ ROWS = (   # what is compared, script and flags, how the ratio reads
     ("LCFT step, instruction first, vs PEFT", ["lcft_vs_peft.py", "--template", "tallrec"], "of its time"),
     ("LCFT step, 151,669-token vocabulary, vs PEFT", ["lcft_vs_peft.py", "--vocab", "151669", "--memory"], "of its peak memory"),
     ("DIN, full catalogue, vs DeepCTR-Torch", ["din_vs_deepctr.py"], "times the rows per second"),
+    ("DIN, training, vs DeepCTR-Torch", ["ctr_vs_deepctr.py"], "times the rows per second"),
+    ("DeepFM, training, vs DeepCTR-Torch", ["ctr_vs_deepctr.py", "--kind", "deepfm"], "times the rows per second"),
+    ("DIN, inference on rows, vs DeepCTR-Torch", ["ctr_vs_deepctr.py", "--infer"], "times the rows per second"),
+    ("DeepFM, inference on rows, vs DeepCTR-Torch", ["ctr_vs_deepctr.py", "--kind", "deepfm", "--infer"], "times the rows per second"),
+    ("LLM scores, history shared, vs a prompt each", ["llm_scores.py"], "times the rate"),
 )
 
 

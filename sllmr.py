@@ -1,0 +1,815 @@
+"""S-LLMR: LLM scores regularise a click model, where a gate says that they help (arXiv 2512.21526).
+
+An LLM reads a user's history once, offline, and scores some items. While the click model trains, pairs of these items are
+asked to keep the LLM's order, by a hinge, weighted by a gate that looks at three things: is the user cold, is the item in
+the tail, is the model unsure. When the model is served there is no LLM.
+
+  1 score     offline: (user, item) -> score in [0, 1], appended to scores.jsonl
+  2 train     L = L_rec + lambda L_LLM: rows 1:1 with sampled negatives, and users from a second sampler
+  3 judge     AUC on 1:1 rows (the paper's) and on the full ranking; overall, cold, tail, dense
+
+EQUATIONS
+  [1] model     s_ui = CTR(u, i, categories, history), L_rec = BCE                              -> CTR in common/recommenders.py
+  [2] gate      z_ui = [Cold(u), Tail(i), q_ui], alpha_ui = sigmoid(w z_ui + b)                 -> Gate
+                alpha_uij = (alpha_ui + alpha_uj) / 2
+  [3] pairs     the K pairs with the largest gap of LLM scores, both items of one user          -> pick_pairs
+  [4] loss      L_LLM = sum over pairs with LLM(u, i) > LLM(u, j) of
+                alpha_uij max(0, m - (s_ui - s_uj))                                             -> pair_loss
+  [5] q         1 - max p, entropy, or variance under dropout; each scaled to [0, 1]            -> uncertainty
+
+DEVIATIONS AND CHOICES
+  - The gate as published can only fall: dL/dalpha is a hinge, never negative, so descent lowers alpha wherever model and
+    LLM disagree and nothing raises it. --gate paper does that. --gate normalised divides by the sum of alpha:
+    weights compete and rise where the LLM is easier to follow than on average. --gate budget keeps the mean and holds that of
+    alpha near --budget. Both judge by pairs that the model is trained to follow, and a model can follow noise. --gate
+    agreement (the default) sets a share of each user's scored items aside, learns alpha_uij as the probability that the model
+    orders a pair of these as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1): an LLM that
+    agrees no better than a coin gets nothing. fixed never learns; ones is the paper's "global".
+  - q is detached: else the model could lower the loss by being sure.
+  - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K. m, K, M and N are not
+    given: flags.
+  - Pairs of one user hardly occur in a random batch of 128, so a second sampler draws users that have LLM scores.
+  - Cold is |H| <= 3 in the paper's counts and < 3 in its text, H the targets that one may learn from; both are reported. Tail
+    is the last fifth of the items by training popularity (a tenth where the LLM gets extra items).
+  - The paper says full ranking; its figures are those of 1:1 rows. Both are reported.
+  - KD (--llm-loss kd) is BCE against the LLM's score as a soft label, KAR (kar) gives the model the LLM's vectors of the item's
+    text and of the past items' texts as inputs, pointwise is the paper's MSE. All on the same LLM.
+
+  python sllmr.py --data toy:3000x400x60000 --cold-users 0.3                # scores from the toy's truth
+  python sllmr.py --data amazon-beauty --scorer backbone --backbone Qwen/Qwen2.5-3B
+  OPENAI_API_KEY=... python sllmr.py --data ml1m --scorer api --api-model gpt-4o-mini --dry-run
+  python sllmr.py --ablations --seeds 0,1,2 --data toy:3000x400x60000 --cold-users 0.3
+"""
+
+# 1 ---------------------------------------------------------------------------------------------------- imports
+import concurrent.futures
+import dataclasses
+import http.client
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import cuda, data as datasets, llm, metrics
+from common.prompts import history_lines
+from common.recommenders import CTR
+from common.run import Run, UserError, main, prefix, progress, strip, write_atomically
+from common.sequences import Logs
+
+
+# 2 ---------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # -- run
+    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
+    data_dir: str | None = None  # a folder that already holds the data sets (else LLMREC_DATA, else download)
+    max_bad_rows: int = 0  # broken rows to skip before giving up
+    run: str | None = None  # run folder (default: runs/sllmr-DATA-RECOMMENDER-sSEED)
+    resume: bool = False  # continue where the run folder stopped
+    overwrite: bool = False  # remove an earlier run in that folder first
+    seed: int = 0  # of everything
+    device: str = "auto"  # auto, cpu, cuda, mps
+    ablations: bool = False  # run every method of VARIANTS and print one table
+    seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
+    recommenders: tuple[str, ...] = ()  # with --ablations: the click models to compare (default: --recommender alone)
+    # -- data
+    users: int | None = None  # keep a seeded sample of so many users
+    cold_users: float = 0.0  # make this share of the users cold: of each only the last 5 or 6 choices are kept
+    cold: int = 3  # τ_u: a cold user has at most so many training targets
+    tail: float = 0.2  # τ_i: this share of the items, the least chosen in training, is the tail
+    # -- model
+    recommender: Literal["deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din"] = "dcnv2"  # the click model
+    dim: int = 64  # of the embeddings
+    max_history: int = 20  # past items
+    mlp: tuple[int, ...] = (200, 80)  # hidden layers
+    dropout: float = 0.1  # in the MLP
+    # -- LLM scores
+    scorer: Literal["auto", "oracle", "file", "backbone", "api"] = "auto"  # toy's truth, a file of yours, a causal LM, an endpoint (auto: oracle on toy, else backbone)
+    scores: str | None = None  # with --scorer file: JSON lines {"user": , "item": , "score": 0..1}
+    backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
+    dtype: str = "auto"  # of the backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    prompt_history: int = 10  # L: titles in a prompt
+    candidates: int = 20  # M: items scored per user
+    pool: int = 200  # N: the most chosen items they come from
+    extra: float = 0.1  # share of the items, the least chosen, that some users score too
+    scored_users: int = 0  # users to score (0: all)
+    oracle: tuple[float, ...] = (0.0, 1.0, 1.0, 1.0)  # share of true scores where (warm, head), (warm, tail), (cold, head), (cold, tail)
+    # -- endpoint (with --scorer api; the key is read from OPENAI_API_KEY)
+    api_base: str = "https://api.openai.com/v1"  # any OpenAI-compatible endpoint
+    api_model: str = "gpt-4o-mini"  # its model
+    api_parallel: int = 8  # requests at once
+    api_tries: int = 6  # per request
+    api_pause: float = 0.5  # seconds after the first failure, doubled after each, at most 30
+    api_timeout: float = 60.0  # seconds for an answer
+    api_price: tuple[float, ...] = (0.15, 0.60)  # dollars per million tokens in, out; for the estimate
+    dry_run: bool = False  # print the first prompt and what all would cost, then stop
+    # -- method
+    llm_loss: Literal["pairwise", "pointwise", "kd", "kar", "none"] = "pairwise"  # how the scores are used
+    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones"] = "agreement"  # which gate
+    gate_init: tuple[float, ...] = (1.0, 1.0, 1.0, -1.0)  # w for cold, tail, unsure; b
+    gate_lr: float = 1e-2  # of its four numbers
+    uncertainty: Literal["maxprob", "entropy", "dropout"] = "maxprob"  # q
+    lam: float = 0.1  # λ
+    margin: float = 1.0  # m, on logits
+    pairs: int = 256  # K: pairs per step
+    reduction: Literal["mean", "sum"] = "mean"  # over pairs
+    pair_users: int = 16  # users per step of the second sampler
+    budget: float = 0.3  # ρ: with --gate budget, the mean of α
+    budget_weight: float = 10.0  # η: of the penalty η (mean α - ρ)²
+    gate_share: float = 0.25  # with --gate agreement: the share of scored items that the gate learns from, and the loss does not
+    # -- optimisation
+    lr: float = 1e-3  # learning rate
+    weight_decay: float = 0.0  # L2, added to the gradient as Adam has it
+    batch: int = 128  # rows per step, half of them negatives
+    epochs: int = 30  # at most
+    patience: int = 2  # epochs without a better validation AUC
+    rank_users: int = 500  # users of the full ranking
+
+    def check(self):
+        if not 0 <= self.cold_users < 1 or not 0 < self.tail < 1 or not 0 <= self.extra < 1 or not 0 <= self.dropout < 1 \
+                or not 0 < self.gate_share < 1:
+            raise ValueError("--cold-users, --tail, --extra, --gate-share and --dropout are shares, below 1")
+        if len(self.oracle) != 4 or not all(0 <= share <= 1 for share in self.oracle):
+            raise ValueError("--oracle takes four shares: warm head, warm tail, cold head, cold tail")
+        if len(self.gate_init) != 4:
+            raise ValueError("--gate-init takes four numbers: cold, tail, unsure, b")
+        if len(self.api_price) != 2:
+            raise ValueError("--api-price takes two numbers: dollars per million tokens in, out")
+        if self.scorer == "file" and not self.scores:
+            raise ValueError("--scorer file needs --scores FILE")
+        for name in ("dim", "max_history", "candidates", "pool", "pairs", "pair_users", "batch", "epochs", "patience", "rank_users",
+                     "api_parallel", "api_tries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if not self.api_base.startswith(("http://", "https://")):
+            raise ValueError("--api-base must begin with http:// or https://")
+        if self.lam < 0 or self.margin < 0 or self.lr <= 0 or self.gate_lr < 0 or self.weight_decay < 0 or not self.mlp:
+            raise ValueError("--lam, --margin, --gate-lr and --weight-decay must not be negative, --lr positive, --mlp not empty")
+
+
+# 3 ---------------------------------------------------------------------------------------------------- rows
+class Rows:
+    """Who is asked about what: training targets with one negative each, held-out targets likewise, and which are cold or tail.
+
+    A user's first choice has no history and is no target; the last is test, the one before validation.
+    """
+
+    def __init__(self, args, device):
+        data = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed)
+        if args.users:
+            data = datasets.sample_users(data, args.users, args.seed)
+        if args.cold_users:
+            data = starve(data, args.cold_users, args.seed)
+        self.args, self.data, self.device, self.logs = args, data, device, Logs(data, args.prompt_history)
+        if not len(self.logs.judged) or self.logs.n_train.max() < 2:
+            raise UserError(f"--data {args.data}: no user has the 4 choices that training, validation and test need")
+        logs, n = self.logs, len(data.items)
+        targets = np.maximum(logs.n_train - 1, 0)
+        count = logs.item_counts()
+        self.cold = targets <= args.cold                                                      # (n_users,)
+        self.very_cold = targets < args.cold
+        self.rank = np.argsort(np.argsort(-count, kind="stable"), kind="stable")              # 0 = most chosen
+        self.tail = self.rank >= n - int(args.tail * n)                                       # (n_items,)
+        number = {name: k for k, name in enumerate(sorted({name for c in data.categories for name in c[:8]}), 1)}
+        self.categories = np.zeros((n + 1, max(1, *(len(c[:8]) for c in data.categories))), dtype=np.int64)
+        for i, names in enumerate(data.categories, 1):
+            self.categories[i, :len(names[:8])] = [number[name] for name in names[:8]]
+        users = np.repeat(np.arange(len(targets)), targets)
+        place = np.concatenate([np.arange(1, k + 1) for k in targets])
+        self.train = self.table(users, place, cuda.key_seed(args.seed, "train negatives") % 2**31)
+        held = logs.judged
+        self.valid = self.table(held, logs.n_train[held], cuda.key_seed(args.seed, "valid negatives") % 2**31)
+        self.test = self.table(held, logs.n_train[held] + 1, cuda.key_seed(args.seed, "test negatives") % 2**31)
+        flat = torch.from_numpy(logs.items.astype(np.int64) + 1)
+        self.flat, self.bounds = flat.to(device), torch.from_numpy(logs.bounds.astype(np.int64)).to(device)
+
+    def table(self, users, place, seed):
+        """(4, n) user, place, target, negative: each column stands for two rows."""
+        negative = datasets.negatives(self.data, users, 1, seed)[:, 0]
+        return torch.as_tensor(np.stack([users, place, self.logs.item_at(users, place), negative]).astype(np.int64), device=self.device)
+
+    def history(self, users, place):
+        """(B, L) the items before a place, shifted by one, oldest first, 0 = padding on the right."""
+        L = self.args.max_history
+        first = (place - L).clamp(min=0)
+        index = first[:, None] + torch.arange(L, device=self.device)
+        taken = self.flat[(self.bounds[users][:, None] + index).clamp(max=len(self.flat) - 1)]
+        return torch.where(index < place[:, None], taken, 0)
+
+
+def starve(data, share, seed):
+    """Keep of a seeded share of the users only the last 5 or 6 choices: cold users, where the data have none."""
+    rng = np.random.default_rng([seed, 53])
+    left = np.where(rng.random(len(data.users)) < share, rng.integers(5, 7, len(data.users)), len(data.user))
+    after = np.bincount(data.user, minlength=len(data.users))[data.user] - 1 - datasets.places(data.user)
+    return datasets.keep(data, after < left[data.user], f"cold-users {share} {seed}")
+
+
+# 4 ---------------------------------------------------------------------------------------------------- prompts
+# What all candidates of a user have in common comes first: it runs through the model once.
+READ = """The user chose these titles, oldest first:
+{history}
+Will the user like the next title? Answer Yes or No.
+"""
+ASK = "- {item}"
+RANK = """A user of a catalogue recently chose, oldest first:
+{history}
+
+How likely is it that this user likes each of these titles?
+{items}
+
+Answer with JSON only: {{"scores": [{{"id": 1, "score": 0.7}}, ...]}}, one entry for every id, scores between 0 and 1."""
+
+
+# 5 ---------------------------------------------------------------------------------------------------- LLM scores
+def candidates(rows):
+    """{user: items to score}: M of the N most chosen items; for cold users M diverse ones of the whole catalogue as well; and
+    each of the least chosen items goes to some users. Nothing that the user had in training."""
+    args, logs, n = rows.args, rows.logs, len(rows.data.items)
+    rng = np.random.default_rng([args.seed, 59])
+    users = np.flatnonzero(logs.n_train > 0)
+    if args.scored_users and args.scored_users < len(users):
+        users = np.sort(rng.choice(users, args.scored_users, replace=False))
+    pool = np.flatnonzero(rows.rank < args.pool)
+    chosen = {int(u): list(rng.choice(pool, min(args.candidates, len(pool)), replace=False)) for u in users}
+    for u in users[rows.cold[users]]:
+        chosen[int(u)] += list(rng.choice(n, min(args.candidates, n), replace=False))
+    rare = np.flatnonzero(rows.rank >= n - int(args.extra * n))
+    for u in users if len(rare) else ():                         # as many as an item of the pool gets
+        chosen[int(u)] += list(rng.choice(rare, rng.binomial(len(rare), min(1.0, args.candidates / len(pool))), replace=False))
+    had = lambda u: set(logs.sequence(u)[:logs.n_train[u]].tolist())
+    return {u: sorted(set(map(int, items)) - had(u)) for u, items in chosen.items()}
+
+
+def oracle(rows, wanted):
+    """Scores from the toy world's truth p_like, replaced by noise outside the cells that --oracle calls reliable."""
+    world, args = rows.data.world, rows.args
+    if world is None:
+        raise UserError("--scorer oracle: only the toy world knows the truth; take backbone, api or file")
+    rng = np.random.default_rng([args.seed, 61])
+    for u, items in wanted.items():
+        items = np.array(items, dtype=int)
+        raw = [int(rows.data.items[i][1:]) for i in items]
+        true = world.p_like(np.full(len(items), int(rows.data.users[u][1:])), raw)
+        kept = rng.random(len(items)) < reliable(rows, u, items)
+        yield u, items.tolist(), np.where(kept, true, rng.random(len(items))).tolist()
+
+
+def reliable(rows, u, items):
+    """The share of true scores that --oracle gives to these pairs, (n,)."""
+    return np.array(rows.args.oracle)[2 * rows.cold[u] + rows.tail[items]]
+
+
+def by_backbone(rows, wanted, batch=8):
+    """sigmoid(logit Yes - logit No) of a causal LM. A user's history runs through the model once, then all candidates."""
+    args = rows.args
+    model, tokenizer = llm.load(args.backbone, rows.device, cuda.pick_dtype(args.dtype, rows.device))
+    yes, no = (tokenizer(w, add_special_tokens=False)["input_ids"] for w in ("Yes", "No"))
+    if len(yes) != 1 or len(no) != 1:
+        raise UserError(f"--backbone {args.backbone}: Yes and No are not one token each; take another or --scorer file")
+    users = list(wanted)
+    for start in progress(range(0, len(users), batch), "LLM scores", -(-len(users) // batch)):
+        part = [u for u in users[start:start + batch] if wanted[u]]
+        gap = score_shared(model, tokenizer, [ask(rows, u, wanted[u]) for u in part], yes[0], no[0])
+        for u, g in zip(part, gap):
+            yield u, wanted[u], torch.sigmoid(g).tolist()
+
+
+def ask(rows, u, items):
+    """A prompt per item, token lists apart from the model's chat frame: (history, the item's question)."""
+    read = READ.format(history=history_lines(rows.logs.history(u, rows.logs.n_train[u])))
+    return [(read, ASK.format(item=rows.logs.lines[i])) for i in items]
+
+
+@torch.no_grad()
+def score_shared(model, tokenizer, asked, yes, no):
+    """Per user (G prompts that begin alike) -> list of (G,) logit(Yes) - logit(No), fp32, all in one forward pass."""
+    prefixes, tails = [], []
+    for prompts in asked:
+        ids = [llm.chat(tokenizer, read + question) for read, question in prompts]
+        same = min(next((k for k, pair in enumerate(zip(ids[0], x)) if pair[0] != pair[1]), len(x) - 1) for x in ids)
+        same = min(same, *(len(x) - 1 for x in ids))
+        prefixes.append(ids[0][:same])
+        tails.append([x[same:] + [yes] for x in ids])
+    G, T = max(map(len, tails)), max(len(t) for row in tails for t in row)
+    lengths, completions = torch.zeros(len(tails), G, dtype=torch.long), torch.zeros(len(tails), G, T, dtype=torch.long)
+    for b, row in enumerate(tails):
+        for g, tail in enumerate(row):
+            lengths[b, g], completions[b, g, :len(tail)] = len(tail), torch.tensor(tail)
+    packed = llm.pack(prefixes, completions, lengths).to(model.device)
+    hidden = llm.packed_hidden(model, packed)
+    last = (packed.valid.sum(-1).flatten().cumsum(0) - 1)[lengths.flatten() > 0]              # the slots that predict the answer
+    gap = llm.over_logits(model, lambda z: z[:, yes] - z[:, no], hidden[last])
+    return gap.float().cpu().split([len(row) for row in tails])
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+def call(args, key, prompt):
+    """One chat completion -> the answer's text. Raises OSError or ValueError where another try may help, UserError where not."""
+    body = {"model": args.api_model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+    request = urllib.request.Request(f"{args.api_base.rstrip('/')}/chat/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=args.api_timeout) as answer:
+            reply = json.loads(answer.read(1 << 22))
+    except urllib.error.HTTPError as problem:
+        if problem.code in (408, 409, 429) or problem.code >= 500:
+            raise OSError(f"status {problem.code}") from None
+        raise UserError(f"--api-base {args.api_base}: the server says {problem.code} {problem.reason}; check the address, "
+                        "--api-model and OPENAI_API_KEY") from None
+    try:
+        return reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("no answer in the reply") from None
+
+
+def parse_scores(text, n):
+    """{index: score} from a model's JSON. Raises ValueError unless every id from 1 to n is there once, with a number in [0, 1]."""
+    if not isinstance(text, str):
+        raise ValueError("not a text")
+    start, end = text.find("{"), text.rfind("}")
+    found = json.loads(text[start:end + 1])                       # a ValueError of its own; RecursionError is one of bad JSON too
+    scores = {}
+    for entry in found["scores"] if isinstance(found, dict) and isinstance(found.get("scores"), list) else ():
+        if not isinstance(entry, dict):
+            raise ValueError("an entry is not an object")
+        k, score = entry.get("id"), entry.get("score")
+        if type(k) is not int or not 1 <= k <= n or k in scores or type(score) not in (int, float) or not 0 <= score <= 1:
+            raise ValueError("an id that was not asked for, or twice, or a score outside of 0 to 1")
+        scores[k] = float(score)
+    if len(scores) < n:
+        raise ValueError(f"{n - len(scores)} of {n} scores are missing")
+    return [scores[k] for k in range(1, n + 1)]
+
+
+def by_api(rows, wanted):
+    """Scores from an OpenAI-compatible endpoint, in whatever order they arrive. UserError once a request has failed for good."""
+    args, key = rows.args, os.environ.get("OPENAI_API_KEY", "")
+    if not key:
+        raise UserError("--scorer api: set OPENAI_API_KEY (any word if your server wants none)")
+
+    def one(u):
+        prompt, pause = rank_prompt(rows, u, wanted[u]), args.api_pause
+        for left in reversed(range(args.api_tries)):
+            try:
+                return u, wanted[u], parse_scores(call(args, key, prompt), len(wanted[u]))
+            except (OSError, ValueError, RecursionError, http.client.HTTPException) as problem:
+                if not left:
+                    raise UserError(f"--api-base {args.api_base}: user {rows.data.users[u]} failed {args.api_tries} times, last: "
+                                    f"{str(problem)[:100]}; what was scored is kept, --resume goes on") from None
+                time.sleep(pause * (1 + np.random.default_rng().random()))
+                pause = min(2 * pause, 30)
+    failed, crew = None, concurrent.futures.ThreadPoolExecutor(args.api_parallel)
+    jobs = [crew.submit(one, u) for u in wanted if wanted[u]]
+    try:
+        for job in progress(concurrent.futures.as_completed(jobs), "LLM scores", len(jobs)):
+            try:
+                yield job.result()
+            except concurrent.futures.CancelledError:
+                pass
+            except UserError as problem:                         # ask no more, but keep what is on its way: it is paid for
+                failed = failed or problem
+                for other in jobs:
+                    other.cancel()
+    finally:
+        crew.shutdown(cancel_futures=True)
+    if failed:
+        raise failed
+
+
+def rank_prompt(rows, u, items):
+    lines = "\n".join(f"{k}. {rows.logs.lines[i]}" for k, i in enumerate(items, 1))
+    return RANK.format(history=history_lines(rows.logs.history(u, rows.logs.n_train[u])), items=lines)
+
+
+def read_scores(path, data):
+    """{(user, item): score} of a scores.jsonl, raw ids. A broken line is a UserError with its place."""
+    users, items = ({raw: k for k, raw in enumerate(ids)} for ids in (data.users, data.items))
+    table = {}
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                record = json.loads(line)
+                u, i, score = users.get(str(record["user"])), items.get(str(record["item"])), record["score"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise UserError(f'{path}:{number}: not {{"user": , "item": , "score": }}; mend or remove the line') from None
+            if type(score) not in (int, float) or not 0 <= score <= 1:
+                raise UserError(f"{path}:{number}: score {str(score)[:40]} is no number between 0 and 1")
+            if u is not None and i is not None:                  # of users and items that a filter took out, nothing
+                table[u, i] = float(score)
+    if not table:
+        raise UserError(f"{path}: no score of a user and an item of this data set; ids are those of the data's own files")
+    return table
+
+
+def score(args, folder, rows):
+    """Phase 1 -> {(user, item): score}. Every user's answers are appended at once: what was paid for is never asked again."""
+    if args.scorer == "file":
+        return read_scores(args.scores, rows.data)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, wanted, data = folder / "scores.jsonl", candidates(rows), rows.data
+    if path.exists():                                            # a kill may have cut the last line
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    table = read_scores(path, data) if path.exists() and path.stat().st_size else {}
+    missing = {u: items for u, items in wanted.items() if not all((u, i) in table for i in items)}
+    if missing:
+        lines = lambda u, pairs: "".join(json.dumps({"user": data.users[u], "item": data.items[i], "score": round(s, 6)}) + "\n" for i, s in pairs)
+        table = {(u, i): s for (u, i), s in table.items() if u not in missing}                # or of the last user's lines
+        write_atomically(path, "".join(lines(u, [(i, s)]) for (u, i), s in table.items()))
+        source = {"oracle": oracle, "backbone": by_backbone, "api": by_api}[scorer(args, rows)]
+        with open(path, "a", encoding="utf-8") as f:
+            for u, items, scores in source(rows, missing):
+                table |= {(u, i): round(s, 6) for i, s in zip(items, scores)}
+                f.write(lines(u, zip(items, scores)))
+                f.flush()
+    return table
+
+
+def scorer(args, rows):
+    return args.scorer if args.scorer != "auto" else "oracle" if rows.data.world is not None else "backbone"
+
+
+def estimate(rows):
+    """--dry-run: the first prompt, and how much all would take. Four characters count as a token."""
+    args, wanted = rows.args, {u: items for u, items in candidates(rows).items() if items}
+    u = next(iter(wanted))
+    print(rank_prompt(rows, u, wanted[u]), "\n")
+    given = sum(len(rank_prompt(rows, u, items)) for u, items in wanted.items()) / 4
+    taken = sum(12 * len(items) + 10 for items in wanted.values())
+    price = (given * args.api_price[0] + taken * args.api_price[1]) / 1e6
+    print(f"{len(wanted):,} requests, about {given:,.0f} tokens in and {taken:,} out: ${price:,.2f} at {args.api_price[0]} and "
+          f"{args.api_price[1]} dollars per million")
+
+
+# 6 ---------------------------------------------------------------------------------------------------- gate and losses
+class Gate(nn.Module):
+    """[2] alpha = sigmoid(w . [Cold(u), Tail(i), q(u, i)] + b): four numbers."""
+
+    def __init__(self, init):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.linear.weight.data[0] = torch.tensor(init[:3])
+        self.linear.bias.data[0] = init[3]
+
+    def forward(self, cold, tail, q):
+        """Three tensors of one shape -> alpha of that shape."""
+        return torch.sigmoid(self.linear(torch.stack([cold.float(), tail.float(), q], -1))[..., 0])
+
+
+def uncertainty(logit, kind="maxprob", draws=None):
+    """[5] q in [0, 1]: 2 (1 - max(p, 1 - p)), or H(p) / ln 2, or 4 Var of p over draws (n, ...) under dropout. No gradient."""
+    if kind == "dropout":
+        return 4 * torch.sigmoid(draws.detach()).var(0, unbiased=False)
+    p = torch.sigmoid(logit := logit.detach())
+    if kind == "maxprob":
+        return 2 * torch.minimum(p, 1 - p)
+    return -(p * F.logsigmoid(logit) + (1 - p) * F.logsigmoid(-logit)) / math.log(2)
+
+
+def pick_pairs(scores, known, most):
+    """[3] scores, known (U, M) -> (user row, i, j), each (P,), P <= most: the largest gaps of LLM scores over the users of a
+    batch, both items of one user, the better first. Ties and missing scores make no pair."""
+    gap = (scores[:, :, None] - scores[:, None, :]).masked_fill(~(known[:, :, None] & known[:, None, :]), 0).flatten()
+    top = gap.topk(min(most, int((gap > 0).sum())))
+    M = scores.shape[1]
+    return top.indices // M**2, top.indices // M % M, top.indices % M
+
+
+def pair_loss(s, alpha, pairs, margin=1.0, gate="paper", reduction="mean", budget=(0.3, 10.0)):
+    """[4] over pairs (user row, i, j) of s, alpha (U, M) -> a number; 0 without pairs. budget: (rho, eta) of gate "budget"."""
+    u, i, j = pairs
+    if not len(u):
+        return s.sum() * 0
+    hinge, a = F.relu(margin - (s[u, i] - s[u, j])), (alpha[u, i] + alpha[u, j]) / 2
+    if gate == "normalised":
+        return (a * hinge).sum() / a.sum()
+    a = {"ones": torch.ones_like(a), "fixed": a.detach(), "agreement": (2 * a.detach() - 1).clamp(min=0)}.get(gate, a)
+    loss = (a * hinge).sum() if reduction == "sum" else (a * hinge).mean()
+    return loss + budget[1] * (a.mean() - budget[0]) ** 2 if gate == "budget" else loss
+
+
+def agreement_loss(s, alpha, pairs):
+    """What the gate "agreement" learns from: cross-entropy of alpha_uij against whether the model orders the pair as the LLM
+    does. Gradient to alpha only."""
+    u, i, j = pairs
+    if not len(u):
+        return alpha.sum() * 0
+    return F.binary_cross_entropy((alpha[u, i] + alpha[u, j]) / 2, (s[u, i] > s[u, j]).to(alpha.dtype))
+
+
+# 7 ---------------------------------------------------------------------------------------------------- train
+class Scored:
+    """The LLM's scores as padded rows of users that have any: users (U,), items, scores, known (U, M)."""
+
+    def __init__(self, rows, table):
+        by_user = {}
+        for (u, i), s in sorted(table.items()):
+            by_user.setdefault(u, []).append((i, s))
+        M, device = max(map(len, by_user.values())), rows.device
+        self.users = torch.tensor(list(by_user), device=device)
+        self.items, self.scores = torch.zeros(len(by_user), M, dtype=torch.long), torch.zeros(len(by_user), M)
+        self.known = torch.zeros(len(by_user), M, dtype=torch.bool)
+        for row, found in enumerate(by_user.values()):
+            self.items[row, :len(found)] = torch.tensor([i for i, _ in found])
+            self.scores[row, :len(found)] = torch.tensor([s for _, s in found])
+            self.known[row, :len(found)] = True
+        aside = torch.from_numpy(np.random.default_rng([rows.args.seed, 73]).random(self.known.shape)) < rows.args.gate_share
+        self.items, self.scores, self.known, self.aside = (x.to(device) for x in (self.items, self.scores, self.known, aside))
+        # The place that a user's LLM scores speak for: after the training part.
+        self.place = torch.as_tensor(rows.logs.n_train, device=device)[self.users]
+        self.cold = torch.as_tensor(rows.cold, device=device)[self.users][:, None].expand(-1, M)
+        self.tail = torch.as_tensor(rows.tail, device=device)[self.items]
+
+
+def text_vectors(rows):
+    """KAR's inputs: what the LLM makes of each item's text -> (n_items + 1, D) for shifted items, standardised, 0 for padding."""
+    model, tokenizer = llm.load(rows.args.backbone, rows.device, cuda.pick_dtype(rows.args.dtype, rows.device))
+    v = llm.encode(model, tokenizer, [f"{line}. {text}" for line, text in zip(rows.logs.lines, rows.data.texts)], desc="item texts")
+    return F.pad(F.normalize((v - v.mean(0)) / (v.std(0) + 1e-6), dim=-1), (0, 0, 1, 0))
+
+
+class Model(nn.Module):
+    """The click model and its gate; asked by (user, place, item) instead of by history."""
+
+    def __init__(self, args, rows, vectors=None):
+        super().__init__()
+        torch.manual_seed(cuda.key_seed(args.seed, "init"))
+        self.rows = rows
+        self.register_buffer("vectors", vectors, persistent=False)
+        self.ctr = CTR(args.recommender, len(rows.data.users), len(rows.data.items), rows.categories, args.dim, args.mlp, args.dropout,
+                       extra=0 if vectors is None else 2 * vectors.shape[1])
+        self.gate = Gate(args.gate_init)
+
+    def forward(self, users, place, items):
+        """users, place (B,), items (B, C) -> logits (B, C)."""
+        history, extra = self.rows.history(users, place), None
+        if self.vectors is not None:                             # KAR: the item's text, and the mean of the past ones
+            past = F.embedding_bag(history, self.vectors, mode="mean", padding_idx=0)
+            extra = torch.cat([self.vectors[items + 1], past[:, None].expand(*items.shape, -1)], -1)
+        return self.ctr(users, items + 1, history, extra)
+
+
+def regulariser(args, model, scored, pick):
+    """L_LLM on the users `pick` (rows of scored), a number."""
+    scores, known, asked = scored.scores[pick], scored.known[pick], (scored.users[pick], scored.place[pick], scored.items[pick])
+    s = model(*asked)
+    if args.llm_loss == "pointwise":
+        return F.mse_loss(torch.sigmoid(s[known]), scores[known])
+    if args.llm_loss == "kd":
+        return F.binary_cross_entropy_with_logits(s[known], scores[known])
+    draws = torch.stack([model(*asked).detach() for _ in range(5)]) if args.uncertainty == "dropout" else None
+    q = uncertainty(s, args.uncertainty, draws)
+    alpha = model.gate(scored.cold[pick], scored.tail[pick], q)
+    aside = scored.aside[pick] & (args.gate == "agreement")
+    loss = pair_loss(s, alpha, pick_pairs(scores, known & ~aside, args.pairs), args.margin, args.gate, args.reduction,
+                     (args.budget, args.budget_weight))
+    return loss + agreement_loss(s, alpha, pick_pairs(scores, aside & known, args.pairs)) if args.gate == "agreement" else loss
+
+
+@torch.no_grad()
+def gate_view(args, model, scored):
+    """alpha of every scored pair, as the model stands: (alpha, s, cold, tail), each (n,)."""
+    parts = []
+    for pick in torch.arange(len(scored.users), device=scored.users.device).split(64):
+        known, asked = scored.known[pick], (scored.users[pick], scored.place[pick], scored.items[pick])
+        model.train()                                            # dropout, for the one q that looks at it
+        draws = torch.stack([model(*asked) for _ in range(5)]) if args.uncertainty == "dropout" else None
+        model.eval()
+        s, cold, tail = model(*asked), scored.cold[pick], scored.tail[pick]
+        alpha = model.gate(cold, tail, uncertainty(s, args.uncertainty, draws))
+        parts.append(torch.stack([x[known].float() for x in (alpha, s, cold, tail)]))
+    return torch.cat(parts, 1).cpu().numpy()
+
+
+def fit(args, run, rows, scored, vectors):
+    """Phase 2: Adam on L_rec + lambda L_LLM, the epoch with the best validation AUC. Resumable after any epoch."""
+    model = Model(args, rows, vectors).to(rows.device)
+    optimizer = torch.optim.Adam([{"params": model.ctr.parameters(), "weight_decay": args.weight_decay},
+                                  {"params": model.gate.parameters(), "lr": args.gate_lr}], lr=args.lr)
+    first, best, kept, waited = 0, -1.0, None, 0
+    if (saved := run.load("train")) is not None:
+        tensors, state = saved
+        first, best, waited, kept = state["epoch"], state["best"], state["waited"], strip(tensors, "best/")
+        run.rewind(state)
+        model.load_state_dict(strip(tensors, "now/"))
+        run.load_optimizer(optimizer, tensors)
+    used = scored is not None and args.lam > 0
+    for epoch in range(first, args.epochs):
+        if waited >= args.patience:
+            break
+        rng = np.random.default_rng([args.seed, 67, epoch])
+        order = torch.as_tensor(rng.permutation(rows.train.shape[1]), device=rows.device)
+        batches, total = order.split(max(args.batch // 2, 1)), torch.zeros(2)
+        torch.manual_seed(cuda.key_seed(args.seed, "epoch", epoch))                           # dropout
+        model.train()
+        for step, batch in enumerate(progress(batches, f"epoch {epoch + 1}", len(batches))):
+            users, place, *items = rows.train[:, batch]
+            s = model(users, place, torch.stack(items, 1))
+            loss = (F.softplus(-s[:, 0]) + F.softplus(s[:, 1])).mean() / 2                    # BCE of a target and its negative
+            total[0] += loss.item()
+            if used:
+                pick = torch.as_tensor(rng.choice(len(scored.users), min(args.pair_users, len(scored.users)), replace=False), device=rows.device)
+                extra = regulariser(args, model, scored, pick)
+                total[1] += extra.item()
+                loss = loss + args.lam * extra
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        now, waited = judge_rows(model, rows, rows.valid)["overall"], waited + 1
+        alpha = {}
+        if used and args.llm_loss == "pairwise":
+            a, _, cold, tail = gate_view(args, model, scored)
+            alpha = {f"alpha_{'cold' if c else 'warm'}_{'tail' if t else 'head'}": float(a[(cold == c) & (tail == t)].mean())
+                     for c in (0, 1) for t in (0, 1) if ((cold == c) & (tail == t)).any()}
+        run.log("train", epoch + 1, args.epochs, loss=float(total[0]) / len(batches), llm_loss=float(total[1]) / len(batches), valid_auc=now, **alpha)
+        state = model.state_dict()
+        if now > best:
+            best, waited, kept = now, 0, {k: v.clone() for k, v in state.items()}
+        run.save("train", prefix("now/", state) | prefix("best/", kept) | run.optimizer_tensors(optimizer),
+                 {"epoch": epoch + 1, "best": best, "waited": waited})
+    model.load_state_dict(kept)
+    return model, {"epochs": epoch + 1 if first < args.epochs else first, "valid_auc": round(best, 4)}
+
+
+# 8 ---------------------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def judge_rows(model, rows, table):
+    """AUC over 1:1 rows: all; rows of cold users (|H| <= tau and < tau); rows on tail items; dense = neither cold nor tail."""
+    model.eval()
+    s = torch.cat([model(part[0], part[1], part[2:].T) for part in table.split(4096, 1)]).T.flatten().cpu().numpy()
+    table = table.cpu().numpy()
+    user, item, label = np.tile(table[0], 2), table[2:].flatten(), np.arange(len(s)) < len(s) // 2
+    cold, tail = rows.cold[user], rows.tail[item]
+    cells = {"overall": cold >= 0, "cold": cold, "very_cold": rows.very_cold[user], "tail": tail, "dense": ~cold & ~tail}
+    return {name: round(metrics.auc(label[mask], s[mask]), 6) for name, mask in cells.items() if mask.any()}
+
+
+@torch.no_grad()
+def judge_ranking(model, rows):
+    """Full ranking of the test target among all items that the user has not had before: mean AUC and NDCG@10, per cell."""
+    model.eval()
+    logs, n = rows.logs, len(rows.data.items)
+    users = logs.judged
+    if rows.args.rank_users < len(users):
+        users = np.sort(np.random.default_rng([rows.args.seed, 71]).choice(users, rows.args.rank_users, replace=False))
+    every, ranks, rivals = torch.arange(n, device=rows.device)[None], [], []
+    for u in progress(users, "full ranking", len(users)):
+        s = model(*torch.tensor([[u], [logs.n_train[u] + 1]], device=rows.device), every).cpu().numpy()
+        seen = np.zeros((1, n), dtype=bool)
+        seen[0, logs.sequence(u)[:-1]] = True
+        target = logs.sequence(u)[-1]
+        seen[0, target] = False
+        ranks.append(metrics.ranks_of(s, np.array([target]), seen)[0])
+        rivals.append(n - 1 - int(seen.sum()))
+    ranks, target = np.array(ranks), np.array([logs.sequence(u)[-1] for u in users])
+    auc, ndcg = 1 - (ranks - 1) / np.array(rivals), metrics.ndcg_at(ranks, 10)
+    cells = {"overall": users >= 0, "cold": rows.cold[users], "tail": rows.tail[target], "dense": ~rows.cold[users] & ~rows.tail[target]}
+    return {name: {"n": int(mask.sum()), "auc": round(float(auc[mask].mean()), 6), "ndcg@10": round(float(ndcg[mask].mean()), 6)}
+            for name, mask in cells.items() if mask.any()}
+
+
+def train(args, shared=None):
+    """All phases in one run; each is skipped when the run folder says that it is done. Returns the RESULT record.
+
+    shared: a folder for the LLM's scores, which runs that differ in later phases have in common.
+    """
+    if args.ablations:
+        return ablations(args)
+    cuda.seed_everything(args.seed)
+    device = cuda.pick_device(args.device)
+    rows = Rows(args, device)
+    if args.dry_run:
+        return estimate(rows)
+    run = Run(args, "sllmr", rows.data.fingerprint)
+    if run.done("result"):
+        return run.result(run.done("result"))
+    run.header(device=str(device), data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
+               f"{len(rows.data.items):,} items", rows=f"train {2 * rows.train.shape[1]:,} (of a history of at most {args.cold}: "
+               f"{2 * int((rows.train[1] <= args.cold).sum()):,}), valid {2 * rows.valid.shape[1]:,}, test {2 * rows.test.shape[1]:,}; "
+               f"cold users {rows.cold[rows.logs.judged].mean():.1%}, tail items {rows.tail.sum():,}")
+    scored, vectors = None, text_vectors(rows) if args.llm_loss == "kar" else None
+    if args.llm_loss in ("pairwise", "pointwise", "kd"):
+        table = score(args, shared or run.folder, rows)
+        scored = Scored(rows, table)
+        print(f"score done: {len(table):,} pairs of {len(scored.users):,} users by {scorer(args, rows)}", flush=True)
+    if not run.done("train"):
+        model, record = fit(args, run, rows, scored, vectors)
+        run.finish("train", record)
+    else:
+        model = Model(args, rows, vectors).to(device)
+        model.load_state_dict(strip(run.load("train")[0], "best/"))
+    result = {"script": "sllmr", "data": rows.data.name, "recommender": args.recommender, "llm_loss": args.llm_loss, "gate": args.gate,
+              "lam": args.lam, "seed": args.seed, "train": run.done("train"), "valid": judge_rows(model, rows, rows.valid),
+              "test": judge_rows(model, rows, rows.test), "ranking": judge_ranking(model, rows)}
+    if scored is not None and args.llm_loss == "pairwise":
+        result["gate_is"] = {name: round(x, 4) for name, x in zip(("cold", "tail", "unsure", "b"), (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item()))}
+        if scorer(args, rows) == "oracle":                       # does the gate find where the LLM is right?
+            alpha, _, cold, tail = gate_view(args, model, scored)
+            truth = np.array(args.oracle)[(2 * cold + tail).astype(int)]
+            result["gate_auc"] = round(metrics.auc(truth > truth.mean(), alpha), 4)
+    run.finish("result", result)
+    show(result)
+    return run.result(result)
+
+
+def show(result):
+    """The table a newcomer looks at."""
+    print(f"\n{result['recommender']}, LLM scores: {result['llm_loss']}" + (f" with gate {result['gate']}" if result["llm_loss"] == "pairwise" else ""))
+    print(f"{'test':12}{'AUC, 1:1 rows':>16}{'AUC, full ranking':>20}{'NDCG@10':>10}")
+    for cell in ("overall", "cold", "very_cold", "tail", "dense"):
+        ranked = result["ranking"].get(cell, {})
+        if cell in result["test"]:
+            print(f"{cell.replace('_', ' '):12}{result['test'][cell]:16.4f}{ranked.get('auc', math.nan):20.4f}{ranked.get('ndcg@10', math.nan):10.4f}")
+    if "gate_auc" in result:
+        print(f"the gate finds the pairs on which the LLM is right: AUC {result['gate_auc']:.3f}")
+
+
+# 9 ---------------------------------------------------------------------------------------------------- compare
+VARIANTS = {   # name: (what changes, the values of lambda; the validation split picks one)
+    "none": ({"llm_loss": "none"}, (0.0,)),
+    "KAR": ({"llm_loss": "kar"}, (0.0,)),
+    "KD": ({"llm_loss": "kd"}, (0.1, 0.3)),
+    "pointwise": ({"llm_loss": "pointwise"}, (0.1, 0.3)),
+    "ones": ({"gate": "ones"}, (0.1, 0.3)),
+    "paper": ({"gate": "paper"}, (0.1, 0.3)),
+    "normalised": ({"gate": "normalised"}, (0.1, 0.3)),
+    "budget": ({"gate": "budget"}, (0.1, 0.3)),
+    "agreement": ({"gate": "agreement"}, (0.1, 0.3)),
+}
+CELLS = ("overall", "cold", "very_cold", "tail", "dense")
+
+
+def ablations(args):
+    """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model on test, and
+    (with matplotlib) gate.png: alpha per cell over the epochs. --resume goes on where it stopped."""
+    root = Path(args.run or f"runs/sllmr-ablations-{Path(args.data).name.replace(':', '-')}")
+    tables = {}
+    for recommender in args.recommenders or (args.recommender,):
+        found = {name: {lam: [] for lam in lams} for name, (_, lams) in VARIANTS.items()}
+        for seed in args.seeds or (args.seed,):
+            for name, (change, lams) in VARIANTS.items():
+                for lam in lams:
+                    folder = root / recommender / f"s{seed}" / f"{name}-{lam:g}"
+                    print(f"\n=== {recommender}, {name}, lambda {lam:g}, seed {seed}", flush=True)
+                    again = (folder / "args.json").exists() and not args.overwrite
+                    now = dataclasses.replace(args, ablations=False, seeds=(), recommenders=(), recommender=recommender, seed=seed, lam=lam,
+                                              run=str(folder), resume=again, **change)
+                    found[name][lam].append(train(now, root / f"scores-s{seed}"))
+        print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, mean ± std over {len(found['none'][0.0])} seeds")
+        print(f"{'':18}" + "".join(f"{cell.replace('_', ' '):>18}" for cell in CELLS) + f"{'gate AUC':>18}")
+        tables[recommender] = {}
+        for name, by_lam in found.items():
+            lam = max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]]))
+            cells = {c: metrics.mean_std([r["test"][c] for r in by_lam[lam]]) for c in CELLS if all(c in r["test"] for r in by_lam[lam])}
+            if "gate_auc" in by_lam[lam][0]:
+                cells["gate_auc"] = metrics.mean_std([r["gate_auc"] for r in by_lam[lam]])
+            print(f"{f'{name} {lam:g}':18}" + "".join(f"{cells[c][0]:9.4f} ± {0 if cells[c][1] != cells[c][1] else cells[c][1]:.4f}" if c in cells else f"{'':18}"
+                                                      for c in (*CELLS, "gate_auc")))
+            tables[recommender][name] = {"lam": lam} | {c: {"mean": round(m, 6), "std": None if s != s else round(s, 6)} for c, (m, s) in cells.items()}
+        plot(root / recommender)
+    print("RESULT " + json.dumps({"ablations": tables, "data": args.data}, sort_keys=True))
+    return tables
+
+
+def plot(folder):
+    """alpha per cell over the epochs, one picture per gate. Without matplotlib the same numbers are in metrics.jsonl."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    gates = ("paper", "normalised", "budget", "agreement")
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.5), sharey=True)
+    for axis, gate in zip(axes, gates):
+        run = sorted(folder.glob(f"s*/{gate}-*"))[-1]
+        log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for key in sorted(k for k in log[0] if k.startswith("alpha_")):
+            axis.plot([r["step"] for r in log], [r[key] for r in log], marker="o", label=key.removeprefix("alpha_").replace("_", " user, ") + " item")
+        axis.set(title=f"--gate {gate}, {run.name.split('-')[-1]} = λ", xlabel="epoch", ylim=(0, 1))
+    axes[0].set_ylabel("mean α")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(folder / "gate.png", dpi=150)
+    pyplot.close(figure)
+    print(f"the gates over the epochs: {folder / 'gate.png'}")
+
+
+if __name__ == "__main__":
+    main(Args, train, __doc__)

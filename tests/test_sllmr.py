@@ -1,0 +1,363 @@
+"""sllmr.py: gate, pairs, losses, scorers, data counts, resume, bad input."""
+
+import http.server
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sllmr
+from common import llm
+from common.run import UserError
+
+ROOT = Path(__file__).parent.parent
+TOY = "toy:150x160x1800"
+
+
+def rows(**change):
+    return sllmr.Rows(sllmr.Args(**{"data": TOY, "cold_users": 0.3, **change}), torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------------- gate and losses
+def test_the_pairs_are_those_with_the_largest_gaps_of_one_user_and_never_ties_or_unknown_ones():
+    scores = torch.tensor([[0.9, 0.1, 0.5, 0.5], [0.2, 0.8, 0.3, 0.0]])
+    known = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    pairs = torch.stack(sllmr.pick_pairs(scores, known, 100), 1).tolist()
+    assert pairs[0] == [0, 0, 1] and pairs[1] == [1, 1, 0]                       # gaps 0.8, 0.6
+    assert sorted(pairs[2:]) == [[0, 0, 2], [0, 0, 3], [0, 2, 1], [0, 3, 1]]    # 0.4 each; 2 and 3 tie, no pair
+    assert torch.stack(sllmr.pick_pairs(scores, known, 2), 1).tolist() == pairs[:2]
+    assert not len(sllmr.pick_pairs(scores, torch.zeros_like(known), 5)[0])
+
+
+def test_the_pair_loss_by_hand():
+    s, alpha = torch.tensor([[2.0, 0.5, 1.0]]), torch.tensor([[0.2, 0.4, 0.8]])
+    pairs = torch.tensor([0, 0]), torch.tensor([1, 0]), torch.tensor([0, 2])     # (1 over 0): 1 - (0.5 - 2) = 2.5; (0 over 2): 0
+    loss = lambda gate, reduction="sum": float(sllmr.pair_loss(s, alpha, pairs, 1.0, gate, reduction, budget=(0.3, 2.0)))
+    assert loss("paper") == pytest.approx(0.3 * 2.5) and loss("paper", "mean") == pytest.approx(0.3 * 2.5 / 2)
+    assert loss("ones") == pytest.approx(2.5) and loss("fixed") == pytest.approx(0.75)
+    assert loss("normalised") == pytest.approx(0.3 * 2.5 / 0.8)
+    assert loss("budget") == pytest.approx(0.75 + 2 * (0.4 - 0.3) ** 2)
+    none = torch.zeros(3, 0, dtype=torch.long)
+    assert float(sllmr.pair_loss(s, alpha, none)) == 0
+
+
+@pytest.mark.parametrize("gate", ["paper", "agreement", "normalised", "budget", "fixed", "ones"])
+def test_gradients_of_every_gate_are_right_in_double_precision(gate):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    pairs = sllmr.pick_pairs(torch.rand(3, 4), torch.ones(3, 4, dtype=torch.bool), 9)
+    loss = lambda s, a: sllmr.pair_loss(s, torch.sigmoid(a), pairs, 1.0, gate)
+    if gate in ("fixed", "agreement"):
+        assert torch.autograd.gradcheck(lambda s: loss(s, x[1].detach()), x[0].detach().requires_grad_())
+        assert not torch.autograd.grad(loss(x[0], x[1]), x)[0][1].any()
+    else:
+        assert torch.autograd.gradcheck(lambda x: loss(x[0], x[1]), x)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.5, 1.0])
+def test_the_gate_as_published_can_only_fall_and_the_normalised_one_moves_both_ways(wrong):
+    """However many pairs the model has wrong: no gradient of the four numbers is negative."""
+    torch.manual_seed(1)
+    scores = torch.rand(40, 6)
+    s = (2 * scores - 1) * torch.where(torch.rand(40, 6) < wrong, -3.0, 3.0) + torch.randn(40, 6)
+    cold, tail = torch.rand(40, 1).gt(0.5).expand(40, 6), torch.rand(40, 6) > 0.5
+    pairs = sllmr.pick_pairs(scores, torch.ones(40, 6, dtype=torch.bool), 200)
+
+    def gradient(kind):
+        gate = sllmr.Gate((1.0, 1.0, 1.0, -1.0))
+        sllmr.pair_loss(s, gate(cold, tail, sllmr.uncertainty(s)), pairs, gate=kind, budget=(0.9, 10.0)).backward()
+        return torch.cat([gate.linear.weight.grad[0], gate.linear.bias.grad])
+    assert (gradient("paper") >= 0).all()
+    moved = gradient("normalised")
+    assert (moved > 0).any() and (moved < 0).any() and (gradient("budget") < 0).any()
+
+
+def test_the_normalised_gate_rises_where_the_llm_is_easier_to_follow():
+    """Cold users' pairs agree with the model, the others are noise: descent must raise the weight of cold."""
+    torch.manual_seed(0)
+    scores, cold = torch.rand(60, 5), (torch.arange(60) < 30)[:, None].expand(60, 5)
+    s = torch.where(cold, 4 * scores, torch.randn(60, 5))
+    gate = sllmr.Gate((0.0, 0.0, 0.0, 0.0))
+    pairs = sllmr.pick_pairs(scores, torch.ones(60, 5, dtype=torch.bool), 300)
+    sllmr.pair_loss(s, gate(cold, torch.zeros(60, 5), sllmr.uncertainty(s)), pairs, gate="normalised").backward()
+    assert gate.linear.weight.grad[0, 0] < 0
+
+
+def test_the_gate_of_agreement_learns_how_often_model_and_llm_agree_and_gives_a_coin_nothing():
+    """Cold users' scores agree with the model, the others' are noise: alpha must become 1 and 1/2, the weights 1 and 0."""
+    torch.manual_seed(0)
+    scores, cold = torch.rand(200, 5), (torch.arange(200) < 100)[:, None].expand(200, 5)
+    s, known = torch.where(cold, 4 * scores, torch.randn(200, 5)), torch.ones(200, 5, dtype=torch.bool)
+    gate = sllmr.Gate((0.0, 0.0, 0.0, 0.0))
+    optimizer = torch.optim.Adam(gate.parameters(), lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        sllmr.agreement_loss(s, gate(cold, torch.zeros(200, 5), torch.zeros(200, 5)), sllmr.pick_pairs(scores, known, 2000)).backward()
+        optimizer.step()
+    sure, coin = gate(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.zeros(2)).tolist()
+    assert sure > 0.97 and abs(coin - 0.5) < 0.06
+    one = (torch.tensor([0]), torch.tensor([0]), torch.tensor([1]))
+    loss = lambda a: float(sllmr.pair_loss(torch.zeros(1, 2), torch.tensor([[a, a]]), one, gate="agreement"))
+    assert loss(1.0) == 1 and loss(0.75) == 0.5 and loss(0.5) == 0 and loss(0.2) == 0
+
+
+def test_uncertainty_is_between_0_and_1_largest_at_a_half_finite_anywhere_and_without_gradient():
+    logit = torch.tensor([0.0, 2.0, -2.0, 1e4, -1e4], requires_grad=True)
+    for kind in ("maxprob", "entropy"):
+        q = sllmr.uncertainty(logit, kind)
+        assert not q.requires_grad and q[0] == 1 and q[1] == pytest.approx(float(q[2])) and 0 < q[1] < 1 and (q[3:] == 0).all()
+    p = torch.sigmoid(torch.tensor(2.0))
+    assert sllmr.uncertainty(logit)[1] == pytest.approx(float(2 * (1 - p)))
+    assert sllmr.uncertainty(logit, "entropy")[1] == pytest.approx(float(-(p * p.log() + (1 - p) * (1 - p).log())) / math.log(2))
+    draws = torch.tensor([[100.0, 1.0], [-100.0, 1.0]])
+    assert sllmr.uncertainty(None, "dropout", draws).tolist() == [1.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+@pytest.mark.parametrize("name,reviews,cold", [("sports", 379_086, 190_756), ("beauty", 262_826, 119_854), ("toys", 218_722, 103_314)])
+def test_the_rows_of_the_papers_table_1(name, reviews, cold):
+    if not os.environ.get("LLMREC_DATA"):
+        pytest.skip("LLMREC_DATA names no folder with the Amazon sets")
+    r = rows(data=f"amazon-{name}", cold_users=0.0)
+    assert 2 * r.train.shape[1] == reviews and 2 * int((r.train[1] <= 3).sum()) == cold
+
+
+def test_a_row_reads_only_what_came_before_its_target_and_a_negative_is_never_of_the_user():
+    r = rows(max_history=4)
+    for table in (r.train, r.valid, r.test):
+        history = r.history(table[0], table[1])
+        for k in range(0, table.shape[1], 17):
+            u, p, target, negative = table[:, k].tolist()
+            sequence = r.logs.sequence(u)
+            want = (sequence[max(0, p - 4):p] + 1).tolist()
+            assert history[k].tolist() == want + [0] * (4 - len(want)) and want
+            assert target == sequence[p] and negative not in sequence
+    assert (r.train[1] < torch.as_tensor(r.logs.n_train)[r.train[0]]).all()
+    assert (r.valid[1] == torch.as_tensor(r.logs.n_train)[r.valid[0]]).all() and (r.test[1] == r.valid[1] + 1).all()
+
+
+def test_cold_users_are_made_where_asked_and_tail_counts_training_only():
+    plain, starved = rows(cold_users=0.0), rows(cold_users=0.5)
+    assert plain.cold[plain.logs.judged].mean() < 0.1 and 0.35 < starved.cold[starved.logs.judged].mean() < 0.7
+    assert starved.very_cold.sum() < starved.cold.sum()
+    count = np.zeros(len(plain.data.items))
+    for u in range(len(plain.data.users)):
+        np.add.at(count, plain.logs.sequence(u)[:plain.logs.n_train[u]], 1)
+    assert plain.tail.sum() == int(0.2 * len(count)) and count[plain.tail].max() <= count[~plain.tail].min()
+
+
+# ------------------------------------------------------------------------------------------------------- scores
+def test_candidates_come_from_the_pool_with_extras_for_cold_users_and_rare_items_and_nothing_had():
+    r = rows(candidates=5, pool=10)
+    found = sllmr.candidates(r)
+    for u, items in found.items():
+        assert not set(items) & set(r.logs.sequence(u)[:r.logs.n_train[u]].tolist()) and items == sorted(set(items))
+    size = {cold: np.mean([len(items) for u, items in found.items() if r.cold[u] == cold]) for cold in (True, False)}
+    assert size[True] > size[False]
+    rare = set(np.flatnonzero(r.rank >= len(r.rank) - 6).tolist())
+    assert rare <= {i for items in found.values() for i in items}
+    assert found == sllmr.candidates(rows(candidates=5, pool=10))
+
+
+def test_the_oracle_tells_the_truth_where_it_is_reliable_and_noise_elsewhere():
+    r = rows(oracle=(0.0, 1.0, 1.0, 1.0))
+    pairs = [(u, i, s) for u, items, scores in sllmr.oracle(r, sllmr.candidates(r)) for i, s in zip(items, scores)]
+    truth = [float(r.data.world.p_like([int(r.data.users[u][1:])], [int(r.data.items[i][1:])])[0]) for u, i, _ in pairs]
+    same = np.array([abs(t - s) < 1e-9 for t, (_, _, s) in zip(truth, pairs)])
+    known = np.array([r.cold[u] or r.tail[i] for u, i, _ in pairs])
+    assert same[known].all() and not same[~known].any()
+
+
+def test_scores_with_a_shared_history_equal_those_of_one_prompt_per_candidate():
+    r = rows()
+    model, tokenizer = llm.load("tiny")
+    yes, no = (tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("Yes", "No"))
+    users = [int(u) for u in r.logs.judged[:3]]
+    asked = [sllmr.ask(r, u, list(range(2 + 3 * k))) for k, u in enumerate(users)]
+    shared = sllmr.score_shared(model, tokenizer, asked, yes, no)
+    for prompts, got in zip(asked, shared):
+        for (read, question), g in zip(prompts, got):
+            ids = torch.tensor([llm.chat(tokenizer, read + question)])
+            z = model(ids).logits[0, -1]
+            assert float(z[yes] - z[no]) == pytest.approx(float(g), abs=1e-4)
+
+
+@pytest.mark.parametrize("text,message", [
+    ("not json\n", ":1: not"), ('{"user": "u0", "item": "i0"}\n', ":1: not"), ('{"user": "u0", "item": "i1", "score": "x"}\n', ":1: score"),
+    ('{"user": "u0", "item": "i1", "score": 0.5}\n{"user": "u0", "item": "i1", "score": NaN}\n', ":2: score"),
+    ('{"user": "u0", "item": "i1", "score": true}\n', ":1: score"), ('{"user": "nobody", "item": "i1", "score": 1}\n', "no score of a user")])
+def test_a_broken_scores_file_is_one_line_with_its_place(tmp_path, text, message):
+    path = tmp_path / "scores.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        sllmr.read_scores(path, rows().data)
+
+
+GOOD = json.dumps({"scores": [{"id": 1, "score": 0.5}, {"id": 2, "score": 1}]})
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "{" * 5000, GOOD[:-5], GOOD.replace("2", "3"), GOOD.replace('"id": 2', '"id": 1'),
+                                  GOOD.replace("0.5", "1.5"), GOOD.replace("0.5", "NaN"), GOOD.replace("0.5", '"0.5"'), GOOD.replace("0.5", "true"),
+                                  '{"scores": [{"id": 1, "score": 0.5}]}', '{"scores": [1, 2]}', '{"scores": {"1": 0.5}}', None])
+def test_answers_that_lie_are_refused(text):
+    with pytest.raises((ValueError, RecursionError)):
+        sllmr.parse_scores(text, 2)
+
+
+def test_a_good_answer_may_have_words_around_it():
+    assert sllmr.parse_scores(f"Sure! ```json\n{GOOD}\n``` done", 2) == [0.5, 1.0]
+
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """An endpoint that fails in 30 % of the calls: 429, 500, closed line, a stall, truncated JSON, or lies."""
+    rng, calls, stall, lock = None, None, 0.0, threading.Lock()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        items = [line for line in body["messages"][0]["content"].splitlines() if line.split(".")[0].isdigit()]
+        with self.lock:
+            fault = self.rng.random()
+            self.calls.append(self.headers["Authorization"])
+        if fault < 0.05:
+            return self.close_connection
+        if fault < 0.1:
+            return self.send_error(429)
+        if fault < 0.15:
+            return self.send_error(503)
+        if fault < 0.2:
+            time.sleep(self.stall)
+        scores = [{"id": k + 1, "score": round(len(line) % 11 / 10, 1)} for k, line in enumerate(items)]
+        scores = scores[:-1] if 0.2 <= fault < 0.25 else scores
+        content = json.dumps({"scores": scores})
+        reply = json.dumps({"choices": [{"message": {"content": content[:-7] if 0.25 <= fault < 0.3 else content}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    Faulty.rng, Faulty.calls, Faulty.stall = np.random.default_rng(0), [], 0.5
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+SMALL = ["--data", TOY, "--cold-users", "0.3", "--dim", "8", "--mlp", "16,8", "--epochs", "1", "--rank-users", "5"]
+
+
+def start(*flags, **env):
+    return subprocess.Popen([sys.executable, str(ROOT / "sllmr.py"), *SMALL, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def run(*flags, **env):
+    child = start(*flags, **env)
+    out, err = child.communicate()
+    return subprocess.CompletedProcess(flags, child.returncode, out, err)
+
+
+def test_an_endpoint_with_faults_and_two_kills_scores_everything_once(endpoint, tmp_path):
+    flags = ("--scorer", "api", "--api-base", endpoint, "--api-timeout", "0.3", "--api-tries", "20", "--api-pause", "0.01", "--api-parallel", "4", "--run", str(tmp_path / "r"), "--resume")
+    path, key = tmp_path / "r" / "scores.jsonl", "sk-secret-of-the-test"
+    for most in (300, 900):
+        child = start(*flags, OPENAI_API_KEY=key)
+        while child.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > most):
+            time.sleep(0.02)
+        assert child.poll() is None
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    before = path.read_text().splitlines()
+    done = run(*flags, OPENAI_API_KEY=key)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    r = rows()
+    wanted = {(r.data.users[u], r.data.items[i]) for u, items in sllmr.candidates(r).items() for i in items}
+    assert len(lines) >= 1000 and len(lines) == len(wanted) and {(x["user"], x["item"]) for x in lines} == wanted
+    assert len([x for x in before if x in set(path.read_text().splitlines())]) >= len(before) - 60        # at most one user's lines were cut
+    assert set(Faulty.calls) == {f"Bearer {key}"}
+    written = b"".join(p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file())
+    assert key.encode() not in written and key not in done.stdout + done.stderr
+
+
+def test_an_endpoint_that_refuses_or_never_answers_is_one_line_and_what_was_paid_for_is_kept(endpoint, tmp_path, capsys, monkeypatch):
+    def fails(name, *flags):
+        with pytest.raises(SystemExit) as stop:
+            sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, "--scorer", "api", "--api-base", endpoint, "--run", str(tmp_path / name), *flags])
+        assert stop.value.code == 1
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    assert fails("a").startswith("error: --scorer api: set OPENAI_API_KEY")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    problem = fails("b", "--api-tries", "1", "--api-timeout", "0.3")
+    assert problem.startswith("error: ") and "--resume goes on" in problem
+    kept = [json.loads(line)["user"] for line in (tmp_path / "b" / "scores.jsonl").read_text().splitlines()]
+    assert len(Faulty.calls) - len(set(kept)) <= 8                # what the server had answered well before the end is there
+
+
+def test_a_dry_run_costs_nothing_and_writes_nothing(endpoint, tmp_path, capsys):
+    flags = ["--scorer", "api", "--api-base", endpoint, "--dry-run", "--run", str(tmp_path / "r")]
+    sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, *flags])
+    out = capsys.readouterr().out
+    assert "requests, about" in out and "$" in out and "Answer with JSON only" in out
+    assert not Faulty.calls and not (tmp_path / "r").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- end to end
+@pytest.mark.parametrize("flags", [("--llm-loss", "none"), ("--llm-loss", "kd"), ("--llm-loss", "pointwise"), ("--llm-loss", "kar"),
+                                   ("--gate", "paper", "--uncertainty", "entropy", "--reduction", "sum"), ("--gate", "budget", "--uncertainty", "dropout"),
+                                   ("--recommender", "din", "--gate", "agreement"), ("--scorer", "backbone", "--scored-users", "20", "--candidates", "4")])
+def test_every_way_of_using_the_scores_ends_with_a_result(tmp_path, capsys, flags):
+    sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, "--run", str(tmp_path / "r"), *flags])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("RESULT "))
+    assert 0 < result["test"]["overall"] < 1 and {"overall", "cold", "dense"} <= set(result["test"]) and "overall" in result["ranking"]
+
+
+def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
+    flags = ["--epochs", "4", "--patience", "9", "--run"]
+    straight = run(*flags, str(tmp_path / "a"))
+    assert straight.returncode == 0, straight.stderr
+    child = start(*flags, str(tmp_path / "b"))
+    log = tmp_path / "b" / "metrics.jsonl"
+    while child.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    resumed = run(*flags, str(tmp_path / "b"), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    last = lambda p: p.stdout.strip().splitlines()[-1]
+    assert last(resumed) == last(straight) and last(straight).startswith("RESULT {")
+    assert log.read_bytes() == (tmp_path / "a" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("flags,status,message", [
+    (("--oracle", "1,2,3"), 2, "--oracle takes four shares"), (("--scorer", "file"), 2, "--scorer file needs --scores"),
+    (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl")])
+def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
+    with pytest.raises(SystemExit) as stop:
+        sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, "--run", str(tmp_path / "r"), *flags])
+    assert stop.value.code == status and message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_table_of_all_variants_is_printed_and_the_gates_are_drawn(tmp_path, capsys):
+    flags = [*SMALL, "--ablations", "--seeds", "0,1", "--recommenders", "dcn", "--scored-users", "30", "--run", str(tmp_path / "all")]
+    sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, flags)
+    out = capsys.readouterr().out
+    table = json.loads(out.strip().splitlines()[-1].removeprefix("RESULT "))["ablations"]["dcn"]
+    assert set(table) == set(sllmr.VARIANTS) and all(row["overall"]["std"] is not None for row in table.values())
+    assert (tmp_path / "all" / "scores-s0" / "scores.jsonl").exists() and "mean ± std over 2 seeds" in out
