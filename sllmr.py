@@ -23,8 +23,8 @@ DEVIATIONS AND CHOICES
     weights compete and rise where the LLM is easier to follow than on average. --gate budget keeps the mean and holds that of
     alpha near --budget. Both judge by pairs that the model is trained to follow, and a model can follow noise. --gate
     agreement (the default) sets a share of each user's scored items aside, learns alpha_uij as the probability that the model
-    orders a pair of these as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1): an LLM that
-    agrees no better than a coin gets nothing. fixed never learns; ones is the paper's "global".
+    orders a pair of these as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1), before the K
+    are picked: an LLM that agrees no better than a coin gets nothing. fixed never learns; ones is the paper's "global".
   - q is detached: else the model could lower the loss by being sure.
   - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K. m, K, M and N are not
     given: flags.
@@ -482,10 +482,11 @@ def uncertainty(logit, kind="maxprob", draws=None):
     return -(p * F.logsigmoid(logit) + (1 - p) * F.logsigmoid(-logit)) / math.log(2)
 
 
-def pick_pairs(scores, known, most):
-    """[3] scores, known (U, M) -> (user row, i, j), each (P,), P <= most: the largest gaps of LLM scores over the users of a
-    batch, both items of one user, the better first. Ties and missing scores make no pair."""
-    gap = (scores[:, :, None] - scores[:, None, :]).masked_fill(~(known[:, :, None] & known[:, None, :]), 0).flatten()
+def pick_pairs(scores, known, most, weight=1.0):
+    """[3] scores, known (U, M) -> (user row, i, j), each (P,), P <= most: the largest gaps of LLM scores (times a weight
+    (U, M, M)) over the users of a batch, both items of one user, the better first. Ties and missing scores make no pair."""
+    gap = (scores[:, :, None] - scores[:, None, :]).masked_fill(~(known[:, :, None] & known[:, None, :]), 0)
+    gap = (gap * weight).flatten()
     top = gap.topk(min(most, int((gap > 0).sum())))
     M = scores.shape[1]
     return top.indices // M**2, top.indices // M % M, top.indices % M
@@ -576,10 +577,11 @@ def regulariser(args, model, scored, pick):
     draws = torch.stack([model(*asked).detach() for _ in range(5)]) if args.uncertainty == "dropout" else None
     q = uncertainty(s, args.uncertainty, draws)
     alpha = model.gate(scored.cold[pick], scored.tail[pick], q)
-    aside = scored.aside[pick] & (args.gate == "agreement")
-    loss = pair_loss(s, alpha, pick_pairs(scores, known & ~aside, args.pairs), args.margin, args.gate, args.reduction,
-                     (args.budget, args.budget_weight))
-    return loss + agreement_loss(s, alpha, pick_pairs(scores, aside & known, args.pairs)) if args.gate == "agreement" else loss
+    if args.gate != "agreement":
+        return pair_loss(s, alpha, pick_pairs(scores, known, args.pairs), args.margin, args.gate, args.reduction, (args.budget, args.budget_weight))
+    aside, a = scored.aside[pick], alpha.detach()
+    pairs = pick_pairs(scores, known & ~aside, args.pairs, (a[:, :, None] + a[:, None, :] - 1).clamp(min=0))
+    return pair_loss(s, alpha, pairs, args.margin, args.gate, args.reduction) + agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs))
 
 
 @torch.no_grad()
@@ -717,7 +719,7 @@ def train(args, shared=None):
     result = {"script": "sllmr", "data": rows.data.name, "recommender": args.recommender, "llm_loss": args.llm_loss, "gate": args.gate,
               "lam": args.lam, "seed": args.seed, "train": run.done("train"), "valid": judge_rows(model, rows, rows.valid),
               "test": judge_rows(model, rows, rows.test), "ranking": judge_ranking(model, rows)}
-    if scored is not None and args.llm_loss == "pairwise":
+    if scored is not None and args.llm_loss == "pairwise" and args.gate != "ones":
         result["gate_is"] = {name: round(x, 4) for name, x in zip(("cold", "tail", "unsure", "b"), (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item()))}
         if scorer(args, rows) == "oracle":                       # does the gate find where the LLM is right?
             alpha, _, cold, tail = gate_view(args, model, scored)

@@ -37,6 +37,8 @@ def test_the_pairs_are_those_with_the_largest_gaps_of_one_user_and_never_ties_or
     assert sorted(pairs[2:]) == [[0, 0, 2], [0, 0, 3], [0, 2, 1], [0, 3, 1]]    # 0.4 each; 2 and 3 tie, no pair
     assert torch.stack(sllmr.pick_pairs(scores, known, 2), 1).tolist() == pairs[:2]
     assert not len(sllmr.pick_pairs(scores, torch.zeros_like(known), 5)[0])
+    doubt = torch.tensor([0.1, 1.0])[:, None, None].expand(2, 4, 4)              # the first user's gaps count a tenth
+    assert torch.stack(sllmr.pick_pairs(scores, known, 2, doubt), 1).tolist() == [[1, 1, 0], [0, 0, 1]]
 
 
 def test_the_pair_loss_by_hand():
