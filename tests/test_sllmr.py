@@ -222,7 +222,7 @@ def test_a_good_answer_may_have_words_around_it():
 
 class Faulty(http.server.BaseHTTPRequestHandler):
     """An endpoint that fails in 30 % of the calls: 429, 500, closed line, a stall, truncated JSON, or lies."""
-    rng, calls, stall, lock = None, None, 0.0, threading.Lock()
+    rng, calls, good, stall, lock = None, None, 0, 0.0, threading.Lock()
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -241,6 +241,8 @@ class Faulty(http.server.BaseHTTPRequestHandler):
         scores = [{"id": k + 1, "score": round(len(line) % 11 / 10, 1)} for k, line in enumerate(items)]
         scores = scores[:-1] if 0.2 <= fault < 0.25 else scores
         content = json.dumps({"scores": scores})
+        with self.lock:
+            Faulty.good += 0.15 <= fault < 0.2 or fault >= 0.3
         reply = json.dumps({"choices": [{"message": {"content": content[:-7] if 0.25 <= fault < 0.3 else content}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(reply)))
@@ -253,7 +255,7 @@ class Faulty(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint():
-    Faulty.rng, Faulty.calls, Faulty.stall = np.random.default_rng(0), [], 0.5
+    Faulty.rng, Faulty.calls, Faulty.good, Faulty.stall = np.random.default_rng(0), [], 0, 0.5
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -306,10 +308,10 @@ def test_an_endpoint_that_refuses_or_never_answers_is_one_line_and_what_was_paid
     monkeypatch.setenv("OPENAI_API_KEY", "")
     assert fails("a").startswith("error: --scorer api: set OPENAI_API_KEY")
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    problem = fails("b", "--api-tries", "1", "--api-timeout", "0.3")
+    problem = fails("b", "--api-tries", "1", "--api-timeout", "30")
     assert problem.startswith("error: ") and "--resume goes on" in problem
     kept = [json.loads(line)["user"] for line in (tmp_path / "b" / "scores.jsonl").read_text().splitlines()]
-    assert len(Faulty.calls) - len(set(kept)) <= 8                # what the server had answered well before the end is there
+    assert len(set(kept)) == Faulty.good > 0                      # every good answer is there, also those on their way at the end
 
 
 def test_a_dry_run_costs_nothing_and_writes_nothing(endpoint, tmp_path, capsys):
