@@ -1117,12 +1117,10 @@ def ablations(args):
         rows[name] = {}
         for column, value in columns.items():
             try:
-                mean, std = metrics.mean_std([value(r) for r in results])
+                rows[name][column] = metrics.summary([value(r) for r in results], digits=4)
             except KeyError:                                              # this variant has no such phase
                 continue
-            rows[name][column] = {"mean": round(mean, 4), "std": round(std, 4) if std == std else None}
-        print(f"{name:18}" + "".join(f"{cell['mean']:9.4f} ± {cell['std'] or 0:.4f}" if (cell := rows[name].get(c)) else " " * 18
-                                     for c in columns))
+        print(f"{name:18}" + "".join(metrics.shown(rows[name].get(c)) for c in columns))
     print("RESULT " + json.dumps({"ablations": rows, "data": args.data, "backbone": args.backbone}, sort_keys=True))
     return rows
 

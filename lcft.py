@@ -59,7 +59,7 @@ import torch.nn.functional as F
 
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines, item_line
-from common.run import Run, UserError, main, prefix, progress, strip
+from common.run import Run, UserError, main, prefix, progress, pyplot, strip
 
 
 # 2 ---------------------------------------------------------------------------------------------------- arguments
@@ -199,15 +199,11 @@ def pair_prompts(liked, disliked, item, template="shared", flip="like", answers=
 
 
 def answer_ids(tokenizer, answers):
-    """Token ids of Yes and No. Raises UserError, with the fix, if a word is not one token: its first piece would be
-    scored in its place."""
-    def one(word):
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        return ids[0] if len(ids) == 1 and tokenizer.decode(ids).strip() == word.strip() else None
-    found = [one(word) for word in answers]
+    """Token ids of Yes and No. Raises UserError, with the fix, if a word is not one token."""
+    found = [llm.single_token(tokenizer, word) for word in answers]
     if None in found or found[0] == found[1]:
         others = [pair for pair in (("Yes", "No"), ("yes", "no"), ("A", "B"), ("1", "0"), ("y", "n"))
-                  if None not in (ids := [one(w) for w in pair]) and ids[0] != ids[1]]
+                  if None not in (ids := [llm.single_token(tokenizer, w) for w in pair]) and ids[0] != ids[1]]
         fix = f"--answers {','.join(others[0])} works" if others else "take another --backbone"
         raise UserError(f"--answers {','.join(answers)}: not two different single tokens of this tokenizer; {fix}")
     return found
@@ -362,13 +358,8 @@ class Host:
             each = [text for pos, neg, yes, no in pairs for text in ((pos, yes), (neg, no))]
             prefixes = [prompt[:1] if whole else prompt for prompt, _ in each]
             tails = [[prompt[1:] + answer if whole else answer] for prompt, answer in each]
-        lengths = torch.tensor([[len(t) for t in row] for row in tails])
-        completions = torch.zeros(*lengths.shape, int(lengths.max()), dtype=torch.long)
-        for b, row in enumerate(tails):
-            for g, tail in enumerate(row):
-                completions[b, g, :len(tail)] = torch.tensor(tail)
         soft = self.soft(rows) if vectors else None
-        return (llm.pack(prefixes, completions, lengths).to(self.device),
+        return (llm.pack_tails(prefixes, tails).to(self.device),
                 soft if share or not vectors else soft.repeat_interleave(2, 0))
 
     def soft(self, rows):
@@ -387,7 +378,7 @@ class Host:
         """[6] (B, 9): logits of Yes and No, logsumexp and largest logit after x+, the same after x-, and the divergence."""
         packed, soft = self.pack(rows, vectors)
         hidden = llm.packed_hidden(self.model, packed, soft)
-        last = packed.valid.sum(-1).flatten().cumsum(0).view(-1, 2) - 1                       # the answers' slots
+        last = llm.last_slots(packed).view(-1, 2)                                             # the answers' slots
         yes, no = self.ids
         ids = self.compared(kind)
 
@@ -411,10 +402,10 @@ def train_pairs(host, rows, kl, vectors=False):
         scored = llm.completion_logps(host.model, packed, hidden=True, soft=soft)
         length = packed.valid.sum(-1).view(-1, 2)                                             # (B, 2)
         ce = -scored.logps.view(len(rows), 2, -1)[:, 0].sum(-1) / length[:, 0]
-        end, both = length.flatten().cumsum(0).view(-1, 2), length.min(1).values
+        last, both = llm.last_slots(packed).view(-1, 2), length.min(1).values
         back = torch.arange(int(both.max()), device=host.device)                              # from the answer backwards
         which = (back < both[:, None]).nonzero()[:, 0]
-        pos, neg = ((end[:, g, None] - 1 - back)[back < both[:, None]] for g in (0, 1))
+        pos, neg = ((last[:, g, None] - back)[back < both[:, None]] for g in (0, 1))
         ids = host.compared(kind)
         each = llm.over_logits(host.model, lambda p, n: apart(p, n, "official", ids=ids), scored.hidden[pos], scored.hidden[neg])
         far = each.new_zeros(len(rows)).index_add(0, which, each).clamp(max=cap)
@@ -658,8 +649,8 @@ def ablations(args):
                 again = (folder / "args.json").exists() and not args.overwrite
                 found[name][value].append(train(dataclasses.replace(now, resume=again)))
     floor = np.mean([r["valid"]["auc"] for r in found["off"][0.0]]) - 0.005
-    cell = lambda runs, split, key: metrics.mean_std([r[split][key] for r in runs])
-    shown = lambda runs, split: "".join(f"{m:9.4f} ± {0 if s != s else s:.4f}" for m, s in (cell(runs, split, k) for k in COLUMNS.values()))
+    cell = lambda runs, split, key: metrics.summary([r[split][key] for r in runs])
+    shown = lambda runs, split: "".join(metrics.shown(cell(runs, split, key)) for key in COLUMNS.values())
     head = "".join(f"{name:>18}" for name in COLUMNS)
     print(f"\nvalidation, mean ± std over {len(found['off'][0.0])} seeds\n{'':20}{head}")
     for name, by_value in found.items():
@@ -670,8 +661,7 @@ def ablations(args):
     for name, by_value in found.items():
         value = choose(by_value, floor)
         print(f"{name + f' {value:g}':20}{shown(by_value[value], 'test')}")
-        table[name] = {"value": value} | {key: {"mean": round(m, 6), "std": None if s != s else round(s, 6)}
-                                          for key, (m, s) in ((k, cell(by_value[value], "test", k)) for k in COLUMNS.values())}
+        table[name] = {"value": value} | {key: cell(by_value[value], "test", key) for key in COLUMNS.values()}
     plot(found, root / "ece.png")
     print("RESULT " + json.dumps({"ablations": table, "data": args.data, "backbone": args.backbone}, sort_keys=True))
     return table
@@ -679,13 +669,9 @@ def ablations(args):
 
 def plot(found, path):
     """ECE on validation against λ, one line per objective. Without matplotlib the table above has the same numbers."""
-    try:
-        import matplotlib
-    except ImportError:
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(6, 4))
+    figure, axis = plt.subplots(figsize=(6, 4))
     for name, by_value in found.items():
         values = sorted(by_value)
         mean, std = zip(*(metrics.mean_std([r["valid"]["ece"] for r in by_value[v]]) for v in values))
@@ -697,7 +683,7 @@ def plot(found, path):
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plt.close(figure)
     print(f"ECE against λ: {path}")
 
 

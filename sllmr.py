@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, main, prefix, progress, strip, write_atomically
+from common.run import Run, UserError, main, prefix, progress, pyplot, strip, write_atomically
 from common.sequences import Logs
 
 
@@ -190,8 +190,6 @@ class Rows:
         held = logs.judged
         self.valid = self.table(held, logs.n_train[held], cuda.key_seed(args.seed, "valid negatives") % 2**31)
         self.test = self.table(held, logs.n_train[held] + 1, cuda.key_seed(args.seed, "test negatives") % 2**31)
-        flat = torch.from_numpy(logs.items.astype(np.int64) + 1)
-        self.flat, self.bounds = flat.to(device), torch.from_numpy(logs.bounds.astype(np.int64)).to(device)
 
     def table(self, users, place, seed):
         """(4, n) user, place, target, negative: each column stands for two rows."""
@@ -200,11 +198,7 @@ class Rows:
 
     def history(self, users, place):
         """(B, L) the items before a place, shifted by one, oldest first, 0 = padding on the right."""
-        L = self.args.max_history
-        first = (place - L).clamp(min=0)
-        index = first[:, None] + torch.arange(L, device=self.device)
-        taken = self.flat[(self.bounds[users][:, None] + index).clamp(max=len(self.flat) - 1)]
-        return torch.where(index < place[:, None], taken, 0)
+        return self.logs.histories(users, place, self.args.max_history)
 
 
 def starve(data, share, seed):
@@ -261,26 +255,26 @@ def oracle(rows, wanted):
         items = np.array(items, dtype=int)
         raw = [int(rows.data.items[i][1:]) for i in items]
         true = world.p_like(np.full(len(items), int(rows.data.users[u][1:])), raw)
-        kept = rng.random(len(items)) < reliable(rows, u, items)
+        kept = rng.random(len(items)) < reliable(args, rows.cold[u], rows.tail[items])
         yield u, items.tolist(), np.where(kept, true, rng.random(len(items))).tolist()
 
 
-def reliable(rows, u, items):
-    """The share of true scores that --oracle gives to these pairs, (n,)."""
-    return np.array(rows.args.oracle)[2 * rows.cold[u] + rows.tail[items]]
+def reliable(args, cold, tail):
+    """The share of true scores that --oracle gives to pairs of a cold user or not, a tail item or not (n,)."""
+    return np.array(args.oracle)[2 * np.asarray(cold, dtype=int) + np.asarray(tail, dtype=int)]
 
 
 def by_backbone(rows, wanted, batch=8):
     """sigmoid(logit Yes - logit No) of a causal LM. A user's history runs through the model once, then all candidates."""
     args = rows.args
     model, tokenizer = llm.load(args.backbone, rows.device, cuda.pick_dtype(args.dtype, rows.device))
-    yes, no = (tokenizer(w, add_special_tokens=False)["input_ids"] for w in ("Yes", "No"))
-    if len(yes) != 1 or len(no) != 1:
+    yes, no = (llm.single_token(tokenizer, word) for word in ("Yes", "No"))
+    if yes is None or no is None:
         raise UserError(f"--backbone {args.backbone}: Yes and No are not one token each; take another or --scorer file")
     users = list(wanted)
     for start in progress(range(0, len(users), batch), "LLM scores", -(-len(users) // batch)):
         part = [u for u in users[start:start + batch] if wanted[u]]
-        gap = score_shared(model, tokenizer, [ask(rows, u, wanted[u]) for u in part], yes[0], no[0])
+        gap = score_shared(model, tokenizer, [ask(rows, u, wanted[u]) for u in part], yes, no)
         for u, g in zip(part, gap):
             yield u, wanted[u], torch.sigmoid(g).tolist()
 
@@ -297,19 +291,12 @@ def score_shared(model, tokenizer, asked, yes, no):
     prefixes, tails = [], []
     for prompts in asked:
         ids = [llm.chat(tokenizer, read + question) for read, question in prompts]
-        same = min(next((k for k, pair in enumerate(zip(ids[0], x)) if pair[0] != pair[1]), len(x) - 1) for x in ids)
-        same = min(same, *(len(x) - 1 for x in ids))
+        same = len(os.path.commonprefix(ids))
         prefixes.append(ids[0][:same])
         tails.append([x[same:] + [yes] for x in ids])
-    G, T = max(map(len, tails)), max(len(t) for row in tails for t in row)
-    lengths, completions = torch.zeros(len(tails), G, dtype=torch.long), torch.zeros(len(tails), G, T, dtype=torch.long)
-    for b, row in enumerate(tails):
-        for g, tail in enumerate(row):
-            lengths[b, g], completions[b, g, :len(tail)] = len(tail), torch.tensor(tail)
-    packed = llm.pack(prefixes, completions, lengths).to(model.device)
-    hidden = llm.packed_hidden(model, packed)
-    last = (packed.valid.sum(-1).flatten().cumsum(0) - 1)[lengths.flatten() > 0]              # the slots that predict the answer
-    gap = llm.over_logits(model, lambda z: z[:, yes] - z[:, no], hidden[last])
+    packed = llm.pack_tails(prefixes, tails).to(model.device)
+    answers = llm.packed_hidden(model, packed)[llm.last_slots(packed)]
+    gap = llm.over_logits(model, lambda z: z[:, yes] - z[:, no], answers)
     return gap.float().cpu().split([len(row) for row in tails])
 
 
@@ -402,17 +389,16 @@ def read_scores(path, data):
     """{(user, item): score} of a scores.jsonl, raw ids. A broken line is a UserError with its place."""
     users, items = ({raw: k for k, raw in enumerate(ids)} for ids in (data.users, data.items))
     table = {}
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                record = json.loads(line)
-                u, i, score = users.get(str(record["user"])), items.get(str(record["item"])), record["score"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f'{path}:{number}: not {{"user": , "item": , "score": }}; mend or remove the line') from None
-            if type(score) not in (int, float) or not 0 <= score <= 1:
-                raise UserError(f"{path}:{number}: score {str(score)[:40]} is no number between 0 and 1")
-            if u is not None and i is not None:                  # of users and items that a filter took out, nothing
-                table[u, i] = float(score)
+    for number, line in datasets.lines_of(path):
+        try:
+            record = json.loads(line)
+            u, i, score = users.get(str(record["user"])), items.get(str(record["item"])), record["score"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f'{path}:{number}: not {{"user": , "item": , "score": }}; mend or remove the line') from None
+        if type(score) not in (int, float) or not 0 <= score <= 1:
+            raise UserError(f"{path}:{number}: score {str(score)[:40]} is no number between 0 and 1")
+        if u is not None and i is not None:                      # of users and items that a filter took out, nothing
+            table[u, i] = float(score)
     if not table:
         raise UserError(f"{path}: no score of a user and an item of this data set; ids are those of the data's own files")
     return table
@@ -421,7 +407,9 @@ def read_scores(path, data):
 def score(args, folder, rows):
     """Phase 1 -> {(user, item): score}. Every user's answers are appended at once: what was paid for is never asked again."""
     if args.scorer == "file":
-        return read_scores(args.scores, rows.data)
+        if not Path(args.scores).is_file():
+            raise UserError(f"--scores {args.scores}: no such file")
+        return read_scores(Path(args.scores), rows.data)
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted, data = folder / "scores.jsonl", candidates(rows), rows.data
     if path.exists():                                            # a kill may have cut the last line
@@ -505,6 +493,11 @@ def pair_loss(s, alpha, pairs, margin=1.0, gate="paper", reduction="mean", budge
     return loss + budget[1] * (a.mean() - budget[0]) ** 2 if gate == "budget" else loss
 
 
+def click_loss(s):
+    """[1] L_rec: mean binary cross-entropy of targets and their negatives, the columns of s (B, 2), a number."""
+    return (F.softplus(-s[:, 0]) + F.softplus(s[:, 1])).mean() / 2
+
+
 def agreement_loss(s, alpha, pairs):
     """What the gate "agreement" learns from: cross-entropy of alpha_uij against whether the model orders the pair as the LLM
     does. Gradient to alpha only."""
@@ -566,17 +559,31 @@ class Model(nn.Module):
         return self.ctr(users, items + 1, history, extra)
 
 
+def logits_of(model, scored, pick):
+    """The model's logits (U, M) of what the LLM scored for the users `pick` (rows of scored)."""
+    return model(scored.users[pick], scored.place[pick], scored.items[pick])
+
+
+def alphas(args, model, scored, pick, s):
+    """The gate's (U, M) where the model says s. The dropout kind of q asks the model five times more."""
+    draws, training = None, model.training
+    if args.uncertainty == "dropout":
+        model.train()
+        with torch.no_grad():
+            draws = torch.stack([logits_of(model, scored, pick) for _ in range(5)])
+        model.train(training)
+    return model.gate(scored.cold[pick], scored.tail[pick], uncertainty(s, args.uncertainty, draws))
+
+
 def regulariser(args, model, scored, pick):
     """L_LLM on the users `pick` (rows of scored), a number."""
-    scores, known, asked = scored.scores[pick], scored.known[pick], (scored.users[pick], scored.place[pick], scored.items[pick])
-    s = model(*asked)
+    scores, known = scored.scores[pick], scored.known[pick]
+    s = logits_of(model, scored, pick)
     if args.llm_loss == "pointwise":
         return F.mse_loss(torch.sigmoid(s[known]), scores[known])
     if args.llm_loss == "kd":
         return F.binary_cross_entropy_with_logits(s[known], scores[known])
-    draws = torch.stack([model(*asked).detach() for _ in range(5)]) if args.uncertainty == "dropout" else None
-    q = uncertainty(s, args.uncertainty, draws)
-    alpha = model.gate(scored.cold[pick], scored.tail[pick], q)
+    alpha = alphas(args, model, scored, pick, s)
     if args.gate != "agreement":
         return pair_loss(s, alpha, pick_pairs(scores, known, args.pairs), args.margin, args.gate, args.reduction, (args.budget, args.budget_weight))
     aside, a = scored.aside[pick], alpha.detach()
@@ -586,16 +593,12 @@ def regulariser(args, model, scored, pick):
 
 @torch.no_grad()
 def gate_view(args, model, scored):
-    """alpha of every scored pair, as the model stands: (alpha, s, cold, tail), each (n,)."""
+    """alpha of every scored pair, as the model stands: (alpha, cold, tail), each (n,)."""
+    model.eval()
     parts = []
     for pick in torch.arange(len(scored.users), device=scored.users.device).split(64):
-        known, asked = scored.known[pick], (scored.users[pick], scored.place[pick], scored.items[pick])
-        model.train()                                            # dropout, for the one q that looks at it
-        draws = torch.stack([model(*asked) for _ in range(5)]) if args.uncertainty == "dropout" else None
-        model.eval()
-        s, cold, tail = model(*asked), scored.cold[pick], scored.tail[pick]
-        alpha = model.gate(cold, tail, uncertainty(s, args.uncertainty, draws))
-        parts.append(torch.stack([x[known].float() for x in (alpha, s, cold, tail)]))
+        alpha = alphas(args, model, scored, pick, logits_of(model, scored, pick))
+        parts.append(torch.stack([x[scored.known[pick]].float() for x in (alpha, scored.cold[pick], scored.tail[pick])]))
     return torch.cat(parts, 1).cpu().numpy()
 
 
@@ -623,7 +626,7 @@ def fit(args, run, rows, scored, vectors):
         for step, batch in enumerate(progress(batches, f"epoch {epoch + 1}", len(batches))):
             users, place, *items = rows.train[:, batch]
             s = model(users, place, torch.stack(items, 1))
-            loss = (F.softplus(-s[:, 0]) + F.softplus(s[:, 1])).mean() / 2                    # BCE of a target and its negative
+            loss = click_loss(s)
             total[0] += loss.item()
             if used:
                 pick = torch.as_tensor(rng.choice(len(scored.users), min(args.pair_users, len(scored.users)), replace=False), device=rows.device)
@@ -636,7 +639,7 @@ def fit(args, run, rows, scored, vectors):
         now, waited = judge_rows(model, rows, rows.valid)["overall"], waited + 1
         alpha = {}
         if used and args.llm_loss == "pairwise":
-            a, _, cold, tail = gate_view(args, model, scored)
+            a, cold, tail = gate_view(args, model, scored)
             alpha = {f"alpha_{'cold' if c else 'warm'}_{'tail' if t else 'head'}": float(a[(cold == c) & (tail == t)].mean())
                      for c in (0, 1) for t in (0, 1) if ((cold == c) & (tail == t)).any()}
         run.log("train", epoch + 1, args.epochs, loss=float(total[0]) / len(batches), llm_loss=float(total[1]) / len(batches), valid_auc=now, **alpha)
@@ -722,8 +725,8 @@ def train(args, shared=None):
     if scored is not None and args.llm_loss == "pairwise" and args.gate != "ones":
         result["gate_is"] = {name: round(x, 4) for name, x in zip(("cold", "tail", "unsure", "b"), (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item()))}
         if scorer(args, rows) == "oracle":                       # does the gate find where the LLM is right?
-            alpha, _, cold, tail = gate_view(args, model, scored)
-            truth = np.array(args.oracle)[(2 * cold + tail).astype(int)]
+            alpha, cold, tail = gate_view(args, model, scored)
+            truth = reliable(args, cold, tail)
             result["gate_auc"] = round(metrics.auc(truth > truth.mean(), alpha), 4)
     run.finish("result", result)
     show(result)
@@ -778,12 +781,11 @@ def ablations(args):
         tables[recommender] = {}
         for name, by_lam in found.items():
             lam = max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]]))
-            cells = {c: metrics.mean_std([r["test"][c] for r in by_lam[lam]]) for c in CELLS if all(c in r["test"] for r in by_lam[lam])}
+            cells = {c: metrics.summary([r["test"][c] for r in by_lam[lam]]) for c in CELLS if all(c in r["test"] for r in by_lam[lam])}
             if "gate_auc" in by_lam[lam][0]:
-                cells["gate_auc"] = metrics.mean_std([r["gate_auc"] for r in by_lam[lam]])
-            print(f"{f'{name} {lam:g}':18}" + "".join(f"{cells[c][0]:9.4f} ± {0 if cells[c][1] != cells[c][1] else cells[c][1]:.4f}" if c in cells else f"{'':18}"
-                                                      for c in (*CELLS, "gate_auc")))
-            tables[recommender][name] = {"lam": lam} | {c: {"mean": round(m, 6), "std": None if s != s else round(s, 6)} for c, (m, s) in cells.items()}
+                cells["gate_auc"] = metrics.summary([r["gate_auc"] for r in by_lam[lam]])
+            print(f"{f'{name} {lam:g}':18}" + "".join(metrics.shown(cells.get(c)) for c in (*CELLS, "gate_auc")))
+            tables[recommender][name] = {"lam": lam} | cells
         plot(root / recommender)
     print("RESULT " + json.dumps({"ablations": tables, "data": args.data}, sort_keys=True))
     return tables
@@ -791,14 +793,10 @@ def ablations(args):
 
 def plot(folder):
     """alpha per cell over the epochs, one picture per gate. Without matplotlib the same numbers are in metrics.jsonl."""
-    try:
-        import matplotlib
-    except ImportError:
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     gates = ("paper", "normalised", "budget", "agreement")
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.5), sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.5), sharey=True)
     for axis, gate in zip(axes, gates):
         run = sorted(folder.glob(f"s*/{gate}-*"))[-1]
         log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -809,7 +807,7 @@ def plot(folder):
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(folder / "gate.png", dpi=150)
-    pyplot.close(figure)
+    plt.close(figure)
     print(f"the gates over the epochs: {folder / 'gate.png'}")
 
 

@@ -127,6 +127,12 @@ def plain_ids(tokenizer, text):
                  for i in tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
+def single_token(tokenizer, word):
+    """The id of a word that is one token, else None: its first piece would be scored in its place."""
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    return ids[0] if len(ids) == 1 and tokenizer.decode(ids).strip() == word.strip() else None
+
+
 def chat(tokenizer, text, system=None):
     """One user message in the model's chat format -> token ids. A control token in `text` is tokenised as
     plain text: what users and titles say is data and can neither end the message nor open another.
@@ -392,6 +398,23 @@ def pack(prompts, completions, lengths):
             source[b, g, 1:k + 1] = b * S + start + torch.arange(k)
             start += k
     return Packed(tokens, position, owner, completions, torch.arange(T) < lengths[..., None], source)
+
+
+def pack_tails(prefixes, tails):
+    """prefixes: B lists of token ids; tails: B lists of lists of token ids, which need not be alike in number or length
+    -> Packed."""
+    lengths = torch.zeros(len(tails), max(map(len, tails)), dtype=torch.long)
+    completions = torch.zeros(*lengths.shape, max(len(t) for row in tails for t in row), dtype=torch.long)
+    for b, row in enumerate(tails):
+        for g, tail in enumerate(row):
+            lengths[b, g], completions[b, g, :len(tail)] = len(tail), torch.tensor(tail)
+    return pack(prefixes, completions, lengths)
+
+
+def last_slots(packed):
+    """Which of packed_hidden's rows predicts the last token of each completion: one index for each that is not empty."""
+    length = packed.valid.sum(-1).flatten()
+    return (length.cumsum(0) - 1)[length > 0]
 
 
 class _ChunkedLogp(torch.autograd.Function):

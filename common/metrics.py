@@ -88,6 +88,17 @@ def calibration(label, probability, bins=10):
     return sum(abs(p - y) * n for p, y, n in rows) / len(label), rows
 
 
+def summary(values, digits=6):
+    """mean_std for JSON: {"mean": , "std": }, rounded; std None where there is none."""
+    mean, std = mean_std(values)
+    return {"mean": round(mean, digits), "std": None if np.isnan(std) else round(std, digits)}
+
+
+def shown(cell):
+    """A summary as a cell of a table, 18 wide; None leaves it empty."""
+    return " " * 18 if cell is None else f"{cell['mean']:9.4f} ± {cell['std'] or 0:.4f}"
+
+
 def mean_std(values):
     """(mean, sample standard deviation) over seeds; the deviation of a single value is nan, not 0."""
     values = np.asarray(values, dtype=float)

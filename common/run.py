@@ -156,6 +156,17 @@ def write_atomically(path, text):
     os.replace(beside, path)
 
 
+def pyplot():
+    """matplotlib's, for files; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
 def prefix(word, tensors):
     return {word + name: t for name, t in tensors.items()}
 

@@ -21,6 +21,7 @@ class Logs:
         order = np.argsort(data.user, kind="stable")                          # the data are sorted by time already
         self.bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
         self.items, self.times = data.item[order], data.time[order]
+        self.on_device = None                                                 # items and bounds, where they were last read
         length = np.diff(self.bounds)
         self.n_train = np.where(length >= 3, length - 2, length)
         self.judged = np.flatnonzero(length >= 3)                             # users with a validation and test target
@@ -49,12 +50,15 @@ class Logs:
 
     def histories(self, users, before, length, after=None):
         """(B, length) item ids + 1: the items of each user before position `before` (and from `after` on), at most
-        `length` of them, oldest first, padded with 0 at the end."""
-        first = np.maximum(before - length, 0 if after is None else after)
-        index = first[:, None] + np.arange(length)
-        real = index < np.asarray(before)[:, None]
-        flat = np.minimum(self.bounds[users][:, None] + index, len(self.items) - 1)
-        return torch.from_numpy(np.where(real, self.items[flat].astype(np.int64) + 1, 0))
+        `length` of them, oldest first, padded with 0 at the end. Arrays, or tensors, on whose device it then happens."""
+        users, before = torch.as_tensor(users), torch.as_tensor(before)
+        if self.on_device is None or self.on_device[0].device != users.device:
+            self.on_device = [torch.as_tensor(x.astype(np.int64), device=users.device) for x in (self.items, self.bounds)]
+        items, bounds = self.on_device
+        first = (before - length).clamp(min=0) if after is None else torch.maximum(before - length, torch.as_tensor(after))
+        index = first[:, None] + torch.arange(length, device=users.device)
+        flat = (bounds[users][:, None] + index).clamp(max=len(items) - 1)
+        return torch.where(index < before[:, None], items[flat] + 1, 0)
 
     def windows(self, length, size, rng):
         """Cut every training sequence into windows of at most `length`, at cuts that move, and group windows of like

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+import sllmr
 from common.recommenders import CTR
 
 N_USERS, N_ITEMS, HIDDEN = 5000, 3000, (200, 80)
@@ -37,7 +37,7 @@ def ours(args, users, items, history, label):
         model.train()
         for part in torch.randperm(len(users)).split(args.batch // 2):
             s = model(users[part], items[part], history[part])
-            loss = (F.softplus(-s[:, 0]) + F.softplus(s[:, 1])).mean() / 2
+            loss = sllmr.click_loss(s)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

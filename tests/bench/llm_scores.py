@@ -29,7 +29,7 @@ def main():
     torch.set_num_threads(args.threads)
     rows = sllmr.Rows(sllmr.Args(data="toy"), torch.device("cpu"))
     model, tokenizer = llm.load("tiny")
-    yes, no = (tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("Yes", "No"))
+    yes, no = (llm.single_token(tokenizer, word) for word in ("Yes", "No"))
     asked = [sllmr.ask(rows, int(u), list(range(args.candidates))) for u in rows.logs.judged[:args.users]]
 
     def shared():
