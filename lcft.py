@@ -99,6 +99,7 @@ class Args:
     bound: Literal["swap", "jsd", "hinge"] = "swap"  # with --kl bounded
     kl_vocab: Literal["full", "answers"] | None = None  # of the divergence: all tokens, or Yes and No (default: answers with bounded)
     lam: float | None = None  # λ (default 1; with --kl official the code's 1e-4)
+    lam_ramp: float = 0.0  # share of the steps over which λ (and the weight of [5]) grows from 0 to its value
     cap: float | None = None  # nats that earn a bonus (default: paper 10, official 10000, hinge 4)
     neg_ce: float = 0.0  # weight of [5], the cross-entropy of the flipped answer to the flipped question
     ce: Literal["answer", "yes"] = "answer"  # CE of the answer over the vocabulary, or CoLLM's BCE on the logit of Yes alone
@@ -118,6 +119,7 @@ class Args:
     # -- evaluation
     eval_every: int = 20  # steps
     patience: int = 10  # evaluations without a better validation AUC
+    keep: Literal["best", "last"] = "best"  # the step with the best validation AUC, or the last (needed where λ grows)
     eval_rows: int = 1000  # validation rows that choose the checkpoint
     eval_batch: int = 64  # pairs at once
 
@@ -132,6 +134,8 @@ class Args:
                      "mf_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if not 0 <= self.lam_ramp <= 1:
+            raise ValueError("--lam-ramp must be in [0, 1]")
         if (self.lam or 0) < 0 or self.neg_ce < 0 or (self.cap is not None and self.cap <= 0):
             raise ValueError("--lam and --neg-ce must not be negative, --cap must be positive")
         if not 0 <= self.lora_dropout < 1:
@@ -390,8 +394,9 @@ class Host:
         return llm.over_logits(self.model, columns, hidden[last[:, 0]], hidden[last[:, 1]], beside=(label,))
 
 
-def train_pairs(host, rows, kl, vectors=False):
-    """The loss of these rows (row numbers), one value each, and what is logged: {name: (B,)}."""
+def train_pairs(host, rows, kl, vectors=False, grown=1.0):
+    """The loss of these rows (row numbers), one value each, and what is logged: {name: (B,)}. grown: the share of λ
+    and w that --lam-ramp has reached."""
     args = host.args
     label = torch.as_tensor(host.rows.label[rows], device=host.device)
     kind = {"bounded": args.bound, "off": None}.get(kl, kl)
@@ -412,11 +417,11 @@ def train_pairs(host, rows, kl, vectors=False):
     else:
         seen = host.look(rows, kind, cap, vectors)
         ce, far = answer_loss(seen[:, 0], seen[:, 1], seen[:, 2], label, args.ce), seen[:, 8]
-    loss, stats = ce - lam * far, {"ce": ce, "apart": far}
+    loss, stats = ce - grown * lam * far, {"ce": ce, "apart": far}
     if args.neg_ce:                                              # [5]
         seen = host.look(rows, None, 1.0, vectors) if kl == "official" else seen
         stats["neg_ce"] = answer_loss(seen[:, 4], seen[:, 5], seen[:, 6], 1 - label, args.ce)
-        loss = loss + args.neg_ce * stats["neg_ce"]
+        loss = loss + grown * args.neg_ce * stats["neg_ce"]
     return loss, stats | {"loss": loss}
 
 
@@ -509,7 +514,8 @@ def train_mf(args, run, host):
 
 
 def stage(args, run, host, name, module, lr, kl, vectors=False):
-    """Train one part (the adapter, or the mapping) and keep what did best on validation AUC. Resumable, bit-equal.
+    """Train one part (the adapter, or the mapping) and keep what did best on validation AUC, or the last. Resumable,
+    bit-equal.
 
     module: (state() -> tensors, load(tensors), parameters). A batch is a pure function of (seed, step).
     """
@@ -526,7 +532,7 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
     size, totals = min(args.batch, len(rows.train)), []
     per_epoch = len(rows.train) // size
     for step in progress(range(done, args.steps), name, args.steps, initial=done):
-        if waited >= args.patience:
+        if waited >= args.patience and args.keep == "best":
             break
         done = step + 1
         epoch, k = divmod(step, per_epoch)
@@ -534,9 +540,9 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
         torch.manual_seed(cuda.key_seed(args.seed, name, step))                               # LoRA's dropout
         host.model.train()
         optimizer.zero_grad(set_to_none=True)
-        parts = []
+        parts, grown = [], min(done / (args.lam_ramp * args.steps), 1.0) if args.lam_ramp else 1.0
         for part in np.split(batch, range(args.micro_batch, size, args.micro_batch)):
-            loss, stats = train_pairs(host, part, kl, vectors)
+            loss, stats = train_pairs(host, part, kl, vectors, grown)
             (loss.sum() / size).backward()
             parts.append({k: v.detach().sum() for k, v in stats.items()})
         norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -549,7 +555,7 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
             means = {k: float(np.mean([t[k] for t in totals])) for k in totals[0]}
             run.log(name, done, args.steps, **means, **{f"valid_{k}": now[k] for k in ("auc", "contradiction", "soft_inconsistency", "ece")})
             totals, waited = [], waited + 1
-            if now["auc"] > best:
+            if now["auc"] > best or args.keep == "last":
                 best, kept, waited = now["auc"], state(), 0
             run.save(name, prefix("now/", state()) | prefix("best/", kept) | run.optimizer_tensors(optimizer),
                      {"step": done, "best": best, "waited": waited})
@@ -621,7 +627,7 @@ VARIANTS = {   # name: (what changes, the flag that is swept, its values; the va
     "off": ({"kl": "off"}, "lam", (0.0,)),
     "official": ({"kl": "official"}, "lam", (1e-4, 1e-2)),
     "paper": ({"kl": "paper"}, "lam", (0.03, 0.1, 0.3)),
-    "bounded": ({"kl": "bounded"}, "lam", (0.3, 1.0, 3.0, 10.0, 30.0)),
+    "bounded": ({"kl": "bounded"}, "lam", (0.3, 1.0, 3.0)),
     "neg-ce": ({"kl": "off"}, "neg_ce", (0.3, 1.0)),
 }
 COLUMNS = {"AUC": "auc", "contradiction": "contradiction", "soft inc.": "soft_inconsistency", "joint acc.": "joint_accuracy", "ECE": "ece"}

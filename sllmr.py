@@ -81,6 +81,8 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, mps
     ablations: bool = False  # run every method of VARIANTS and print one table
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
+    variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all)
+    lams: tuple[float, ...] = (0.1, 0.3)  # with --ablations: the λ among which validation chooses
     recommenders: tuple[str, ...] = ()  # with --ablations: the click models to compare (default: --recommender alone)
     # -- data
     users: int | None = None  # keep a seeded sample of so many users
@@ -141,6 +143,8 @@ class Args:
             raise ValueError("--cold-users, --tail, --extra, --gate-share and --dropout are shares, below 1")
         if len(self.oracle) != 4 or not all(0 <= share <= 1 for share in self.oracle):
             raise ValueError("--oracle takes four shares: warm head, warm tail, cold head, cold tail")
+        if unknown := set(self.variants) - set(VARIANTS):
+            raise ValueError(f"--variants {','.join(sorted(unknown))}: among {','.join(VARIANTS)}")
         if len(self.gate_init) != 4:
             raise ValueError("--gate-init takes four numbers: cold, tail, unsure, b")
         if len(self.api_price) != 2:
@@ -746,17 +750,18 @@ def show(result):
 
 
 # 9 ---------------------------------------------------------------------------------------------------- compare
-VARIANTS = {   # name: (what changes, the values of lambda; the validation split picks one)
-    "none": ({"llm_loss": "none"}, (0.0,)),
-    "KAR": ({"llm_loss": "kar"}, (0.0,)),
-    "KD": ({"llm_loss": "kd"}, (0.1, 0.3)),
-    "pointwise": ({"llm_loss": "pointwise"}, (0.1, 0.3)),
-    "ones": ({"gate": "ones"}, (0.1, 0.3)),
-    "paper": ({"gate": "paper"}, (0.1, 0.3)),
-    "normalised": ({"gate": "normalised"}, (0.1, 0.3)),
-    "budget": ({"gate": "budget"}, (0.1, 0.3)),
-    "agreement": ({"gate": "agreement"}, (0.1, 0.3)),
+VARIANTS = {   # name: what changes
+    "none": {"llm_loss": "none"},
+    "KAR": {"llm_loss": "kar"},
+    "KD": {"llm_loss": "kd"},
+    "pointwise": {"llm_loss": "pointwise"},
+    "ones": {"gate": "ones"},
+    "paper": {"gate": "paper"},
+    "normalised": {"gate": "normalised"},
+    "budget": {"gate": "budget"},
+    "agreement": {"gate": "agreement"},
 }
+WITHOUT_LAMBDA = ("none", "KAR")
 CELLS = ("overall", "cold", "very_cold", "tail", "dense")
 
 
@@ -766,17 +771,17 @@ def ablations(args):
     root = Path(args.run or f"runs/sllmr-ablations-{Path(args.data).name.replace(':', '-')}")
     tables = {}
     for recommender in args.recommenders or (args.recommender,):
-        found = {name: {lam: [] for lam in lams} for name, (_, lams) in VARIANTS.items()}
+        found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)} for name in args.variants or VARIANTS}
         for seed in args.seeds or (args.seed,):
-            for name, (change, lams) in VARIANTS.items():
-                for lam in lams:
+            for name, by_lam in found.items():
+                for lam in by_lam:
                     folder = root / recommender / f"s{seed}" / f"{name}-{lam:g}"
                     print(f"\n=== {recommender}, {name}, lambda {lam:g}, seed {seed}", flush=True)
                     again = (folder / "args.json").exists() and not args.overwrite
-                    now = dataclasses.replace(args, ablations=False, seeds=(), recommenders=(), recommender=recommender, seed=seed, lam=lam,
-                                              run=str(folder), resume=again, **change)
+                    now = dataclasses.replace(args, ablations=False, seeds=(), recommenders=(), variants=(), lams=Args.lams, recommender=recommender,
+                                              seed=seed, lam=lam, run=str(folder), resume=again, **VARIANTS[name])
                     found[name][lam].append(train(now, root / f"scores-s{seed}"))
-        print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, mean ± std over {len(found['none'][0.0])} seeds")
+        print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, mean ± std over {len(args.seeds or (0,))} seeds")
         print(f"{'':18}" + "".join(f"{cell.replace('_', ' '):>18}" for cell in CELLS) + f"{'gate AUC':>18}")
         tables[recommender] = {}
         for name, by_lam in found.items():
@@ -795,10 +800,12 @@ def plot(folder):
     """alpha per cell over the epochs, one picture per gate. Without matplotlib the same numbers are in metrics.jsonl."""
     if (plt := pyplot()) is None:
         return
-    gates = ("paper", "normalised", "budget", "agreement")
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.5), sharey=True)
-    for axis, gate in zip(axes, gates):
-        run = sorted(folder.glob(f"s*/{gate}-*"))[-1]
+    runs = {gate: found[-1] for gate in ("paper", "normalised", "budget", "agreement") if (found := sorted(folder.glob(f"s*/{gate}-*")))}
+    if not runs:
+        return
+    figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3.5), sharey=True, squeeze=False)
+    axes = axes[0]
+    for axis, (gate, run) in zip(axes, runs.items()):
         log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for key in sorted(k for k in log[0] if k.startswith("alpha_")):
             axis.plot([r["step"] for r in log], [r[key] for r in log], marker="o", label=key.removeprefix("alpha_").replace("_", " user, ") + " item")

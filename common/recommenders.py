@@ -1,4 +1,4 @@
-"""Recommenders on ids. DIN: Deep Interest Network (arXiv 1706.06978).
+"""Click models on ids and categories. DIN: Deep Interest Network (arXiv 1706.06978).
 
 Item ids are shifted by one in here: 0 is padding.
 """
@@ -48,31 +48,6 @@ class AttentionUnit(nn.Module):
         """Weighted sum of the past for each candidate: mask (B, L) or (B, C, L), 1 = keep -> (B, C, D)."""
         mask = mask[:, None] if mask.dim() == 2 else mask
         return (self.weights(q, k) * mask) @ k
-
-
-class DIN(nn.Module):
-    """DIN on ids: logit of MLP[e_u; e_i; sum_j weight(e_i, e_j) e_j]."""
-
-    def __init__(self, n_users, n_items, dim=32, hidden=(64, 32), unit=32):
-        super().__init__()
-        self.user = nn.Embedding(n_users, dim)
-        self.item = nn.Embedding(n_items + 1, dim, padding_idx=0)
-        self.unit = AttentionUnit(dim, unit)
-        sizes = [3 * dim, *hidden]
-        self.mlp = nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())],
-                                 nn.Linear(sizes[-1], 1))
-
-    def forward(self, users, items, history):
-        """users (B,), items (B, C), history (B, L) with 0 = padding -> logits (B, C)."""
-        e, past = self.item(items), self.item(history)
-        pooled = self.unit(e, past, (history > 0).to(e.dtype))
-        return self.mlp(torch.cat([self.user(users)[:, None].expand_as(e), e, pooled], -1)).squeeze(-1)
-
-    @torch.no_grad()
-    def score_catalogue(self, users, history, chunk=512):
-        """Logits of every item (B, n_items), column i = item id i (without the shift)."""
-        every = torch.arange(1, self.item.num_embeddings, device=history.device)
-        return torch.cat([self(users, part.expand(len(users), -1), history) for part in every.split(chunk)], 1)
 
 
 # ---------------------------------------------------------------------------------------------------- CTR models on fields
@@ -209,3 +184,9 @@ class CTR(nn.Module):
             for table in of_category:
                 logit = logit + F.embedding_bag(self.categories[items].flatten(0, 1), table.weight, mode="mean", padding_idx=0).view_as(logit)
         return logit
+
+    @torch.no_grad()
+    def score_catalogue(self, users, history, chunk=512):
+        """Logits of every item (B, n_items), column i = item id i (without the shift)."""
+        every = torch.arange(1, self.item.num_embeddings, device=history.device)
+        return torch.cat([self(users, part.expand(len(users), -1), history) for part in every.split(chunk)], 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.recommenders import CIN, CTR, DIN, FM, AttentionUnit, CrossNet, InteractingLayer
+from common.recommenders import CIN, CTR, FM, AttentionUnit, CrossNet, InteractingLayer
 
 
 @pytest.mark.parametrize("candidates", [3, 7])                    # fewer and more than hidden units: two paths
@@ -26,7 +26,9 @@ def test_the_factored_activation_unit_equals_the_concatenation_it_stands_for(can
 
 def test_padding_changes_no_score_and_the_catalogue_equals_single_candidates():
     torch.manual_seed(0)
-    model = DIN(3, 20, dim=8)
+    model = CTR("din", 3, 20, torch.zeros(21, 1), dim=8).eval()
+    for table in (model.user, model.item):                        # larger than at the start, so that a difference shows
+        table.weight.data[1:].normal_()
     users, history = torch.tensor([0, 2]), torch.tensor([[3, 5, 0], [1, 0, 0]])
     every = model.score_catalogue(users, history, chunk=7)
     longer = model.score_catalogue(users, torch.cat([history, torch.zeros(2, 4, dtype=torch.long)], 1))

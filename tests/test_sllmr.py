@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import sllmr
 from common import llm
-from common.run import UserError
+from common.run import UserError, parse
 
 ROOT = Path(__file__).parent.parent
 TOY = "toy:150x160x1800"
@@ -203,6 +203,9 @@ def test_a_broken_scores_file_is_one_line_with_its_place(tmp_path, text, message
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         sllmr.read_scores(path, rows().data)
+    path.write_bytes('{"user": "u0", "item": "caf\u00e9", "score": 1}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="scores.jsonl"):
+        sllmr.read_scores(path, rows().data)
 
 
 GOOD = json.dumps({"scores": [{"id": 1, "score": 0.5}, {"id": 2, "score": 1}]})
@@ -330,6 +333,22 @@ def test_every_way_of_using_the_scores_ends_with_a_result(tmp_path, capsys, flag
     sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, "--run", str(tmp_path / "r"), *flags])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("RESULT "))
     assert 0 < result["test"]["overall"] < 1 and {"overall", "cold", "dense"} <= set(result["test"]) and "overall" in result["ranking"]
+
+
+@pytest.mark.parametrize("how", [("--gate", "ones"), ("--gate", "agreement"), ("--llm-loss", "pointwise"), ("--llm-loss", "kd")])
+def test_every_llm_loss_moves_the_model_towards_the_llm(tmp_path, how):
+    def near(name, *flags):
+        args = parse(sllmr.Args, "", [*SMALL, "--oracle", "1,1,1,1", "--lr", "1e-2", "--epochs", "3", "--patience", "9", "--run", str(tmp_path / name), *flags])
+        rows_ = sllmr.Rows(args, torch.device("cpu"))
+        scored = sllmr.Scored(rows_, sllmr.score(args, tmp_path / "scores", rows_))
+        model, _ = sllmr.fit(args, sllmr.Run(args, "sllmr", "x"), rows_, scored if flags else None, None)
+        model.eval()
+        s, known = sllmr.logits_of(model, scored, torch.arange(len(scored.users))), scored.known
+        if "--llm-loss" in how:                                   # they follow the scores, the pair loss their order
+            return -float((torch.sigmoid(s) - scored.scores)[known].abs().mean())
+        u, i, j = sllmr.pick_pairs(scored.scores, known, 10**6)
+        return float((s[u, i] > s[u, j]).float().mean())
+    assert near("with", "--lam", "10", *how) > near("without") + 0.05
 
 
 def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import numpy as np
 import torch
 
-from common.recommenders import DIN
+from common.recommenders import CTR
 
-N_USERS, DIM, HIDDEN, UNIT = 1000, 32, (64, 32), 32
+N_USERS, DIM, HIDDEN, UNIT = 1000, 32, (64, 32), 32   # UNIT: hidden units of the attention, as CTR has them
 
 
 def ours(items, users, history):
-    model = DIN(N_USERS, items, DIM, HIDDEN, UNIT).eval()
+    model = CTR("din", N_USERS, items, torch.zeros(items + 1, 1), DIM, HIDDEN).eval()
     users, history = torch.as_tensor(users), torch.as_tensor(history)
     return lambda: model.score_catalogue(users, history)
 
