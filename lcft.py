@@ -76,6 +76,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # of the frozen backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     ablations: bool = False  # run every objective of VARIANTS and print one table
+    variants: tuple[str, ...] = ()  # with --ablations: rows of VARIANTS such as off,hinge:0.5,hinge:1 (default: all)
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     # -- data
     like_above: float | None = None  # a rating above this is a like (default 3; of BookCrossing's ten points 5)
@@ -126,6 +127,11 @@ class Args:
     def check(self):
         if len(self.answers) != 2:
             raise ValueError("--answers takes two words: YES,NO")
+        for name, _, value in (v.partition(":") for v in self.variants):
+            if name not in VARIANTS or value and not value.replace(".", "", 1).replace("e-", "", 1).isdigit():
+                raise ValueError(f"--variants {name}: NAME or NAME:VALUE, NAME among {', '.join(VARIANTS)}")
+        if self.variants and "off" not in self.variants:
+            raise ValueError("--variants needs off among them: the others are measured against it")
         if self.flip not in FLIPS:
             raise ValueError(f"--flip {self.flip}: one of {', '.join(FLIPS)}")
         if self.shots % 2 or self.shots < 0:
@@ -627,7 +633,8 @@ VARIANTS = {   # name: (what changes, the flag that is swept, its values; the va
     "off": ({"kl": "off"}, "lam", (0.0,)),
     "official": ({"kl": "official"}, "lam", (1e-4, 1e-2)),
     "paper": ({"kl": "paper"}, "lam", (0.03, 0.1, 0.3)),
-    "bounded": ({"kl": "bounded"}, "lam", (0.3, 1.0, 3.0)),
+    "swap": ({"kl": "bounded", "bound": "swap"}, "lam", (0.3, 1.0, 3.0)),
+    "hinge": ({"kl": "bounded", "bound": "hinge"}, "lam", (0.3, 1.0, 3.0)),
     "neg-ce": ({"kl": "off"}, "neg_ce", (0.3, 1.0)),
 }
 COLUMNS = {"AUC": "auc", "contradiction": "contradiction", "soft inc.": "soft_inconsistency", "joint acc.": "joint_accuracy", "ECE": "ece"}
@@ -645,13 +652,16 @@ def ablations(args):
     """Every objective, swept value and seed, one run folder each; one table on test, the sweep on validation, and (with
     matplotlib) ece.png: calibration error against λ. --resume goes on where it stopped."""
     root = Path(args.run or f"runs/lcft-ablations-{Path(args.data).name}-{Path(args.backbone).name}")
-    found = {name: {value: [] for value in values} for name, (_, _, values) in VARIANTS.items()}
+    found = {}
+    for name, _, value in (v.partition(":") for v in args.variants or VARIANTS):
+        found.setdefault(name, {}).update({v: [] for v in ((float(value),) if value else VARIANTS[name][2])})
     for seed in args.seeds or (args.seed,):
-        for name, (change, flag, values) in VARIANTS.items():
-            for value in values:
+        for name in found:
+            change, flag, _ = VARIANTS[name]
+            for value in found[name]:
                 folder = root / f"s{seed}" / f"{name}-{value:g}"
                 print(f"\n=== {name}, {flag} {value:g}, seed {seed}", flush=True)
-                now = dataclasses.replace(args, ablations=False, seeds=(), seed=seed, run=str(folder), **change | {flag: value})
+                now = dataclasses.replace(args, ablations=False, variants=(), seeds=(), seed=seed, run=str(folder), **change | {flag: value})
                 again = (folder / "args.json").exists() and not args.overwrite
                 found[name][value].append(train(dataclasses.replace(now, resume=again)))
     floor = np.mean([r["valid"]["auc"] for r in found["off"][0.0]]) - 0.005

@@ -513,10 +513,17 @@ def _right_padded(batch, device):
     return tokens, torch.arange(T, device=device) < lengths[:, None], lengths
 
 
-def _plain_hidden(model, tokens, mask):
+def _plain_hidden(model, tokens, mask, soft=None):
     """Last hidden states (B, T, D) of right-padded rows: a causal model never sees padding on its right."""
-    mask = mask.long()
-    return model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    read = {"input_ids": tokens} if soft is None else {"inputs_embeds": embed(model, tokens, soft)}
+    return model.get_decoder()(**read, attention_mask=mask.long(), use_cache=False).last_hidden_state
+
+
+def hidden_states(model, prompts, soft=None):
+    """Prompts (B lists of token ids, with slots for the vectors soft (B, K, D), see `embed`) -> (last hidden states
+    (B, T, D), mask (B, T) of the real ones). Differentiable in soft, though the model is frozen."""
+    tokens, mask, _ = _right_padded(prompts, model.device)
+    return _plain_hidden(model, tokens, mask, soft), mask
 
 
 @torch.no_grad()

@@ -145,8 +145,8 @@ class CTR(nn.Module):
                                    for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))])
         self.out = nn.Linear(hidden[-1] + crossed, 1)
 
-    def fields(self, users, items, history):
-        """(B, C, F, D). The past is read once for all candidates of a row; DIN weighs it once for each."""
+    def fields(self, users, items, history, state=None):
+        """(B, C, F, D). state (B, D) takes the place of the user's embedding. The past is read once for all candidates of a row; DIN weighs it once for each."""
         (B, C), D = items.shape, self.item.embedding_dim
         mine = self.of_items(items)                                                           # (B, C, kinds D)
         if self.unit is not None:
@@ -156,7 +156,7 @@ class CTR(nn.Module):
             if self.category is not None:
                 pooled = torch.cat([pooled, self.mean(self.categories[history].flatten(1))], -1)
             pooled = pooled[:, None].expand_as(mine)
-        user = self.user(users)[:, None].expand(B, C, D)
+        user = (self.user(users) if state is None else state)[:, None].expand(B, C, D)
         return torch.cat([user, mine, pooled], -1).view(B, C, -1, D)
 
     def mean(self, names):
@@ -168,9 +168,10 @@ class CTR(nn.Module):
         e = self.item(items)
         return e if self.category is None else torch.cat([e, self.mean(self.categories[items].flatten(0, 1)).view_as(e)], -1)
 
-    def forward(self, users, items, history, extra=None):
-        """users (B,), items (B, C) shifted by one, history (B, L) shifted, 0 = padding, extra (B, C, E) -> logits (B, C)."""
-        e = self.fields(users, items, history).flatten(0, 1)                                  # (B C, F, D)
+    def forward(self, users, items, history, extra=None, state=None):
+        """users (B,), items (B, C) shifted by one, history (B, L) shifted, 0 = padding, extra (B, C, E), state (B, D) in place
+        of the user's embedding -> logits (B, C)."""
+        e = self.fields(users, items, history, state).flatten(0, 1)                                  # (B C, F, D)
         flat = e.flatten(1)
         parts = [self.mlp(flat if extra is None else torch.cat([flat, extra.flatten(0, 1)], -1))]
         if self.cross is not None:
