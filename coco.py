@@ -19,7 +19,7 @@ EQUATIONS (u a user, x_u the text of the history, h_u the behavioural state, s(u
   [6] phase 2     L = rec(s+) + rec(s-) + |sg z - c|^2 + beta |z - sg c|^2, s- = CTR(h)          -> loss_of
   [7] rec         nce: -log softmax(s / tau) of the target among negatives; bce: 1:1             -> rec_loss
   [8] judge       M_u = 1 where rec(s+) > rec(s-) + margin, on the same negatives                -> contradicted
-  [9] phase 4     as [6] with M k + (1 - M) sg k: no gradient to the LLM where M = 0             -> eliminate
+  [9] phase 4     as [6] with M k + (1 - M) sg k: no gradient to the LLM where M = 0             -> judged_loss
 
 DEVIATIONS AND CHOICES. The paper's text is not public beyond abstract and summaries: the formulas above are ours wherever these
 are silent, which is nearly everywhere (K, prompt length, losses' weights, recommender, metric, data).
@@ -438,6 +438,19 @@ def loss_of(args, model, texts, known, terms):
     return with_llm + without + terms, {"with_llm": with_llm.detach(), "without": without.detach(), "vq": terms.detach()}
 
 
+def judged_loss(args, model, texts, known, judged):
+    """[9] on texts (T,): those in judged (T,) are read now, of the others known (T, D) is taken as it is."""
+    model.books.eval()                                           # the codes stay
+    known = known.clone()
+    if judged.any():
+        known[judged] = model.read(texts[judged], model.prompt(texts[judged])[0].detach())
+    loss, parts = loss_of(args, model, texts, known, known.new_zeros(()))
+    if args.align:
+        parts["align"] = align_loss(known, model.state(model.rows.text_user[texts], model.rows.text_place[texts]), judged)
+        loss, parts["align"] = loss + args.align * parts["align"], parts["align"].detach()
+    return loss, parts
+
+
 def align_loss(known, h, mask, tau=0.1):
     """InfoNCE of judged users' knowledge (T, D) against their states (T, D), in the batch; 0 with fewer than two."""
     if mask.sum() < 2:
@@ -593,11 +606,10 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
         if adapter:
             lora.load_state(model.llm, strip(tensors, "lora/"))
     first, waited, spent = 0, 0, 0.0
-    if (saved := run.load(name)) is not None:
+    if (saved := run.begin(name)) is not None:
         tensors, earlier = saved
         first, best, waited, steps, spent = (earlier[k] for k in ("epoch", "best", "waited", "steps", "seconds"))
         kept = strip(tensors, "best/")
-        run.rewind(earlier)
         restore(strip(tensors, "now/"))
         run.load_optimizer(optimizer, tensors)
     else:                                                        # a phase may end where it began
@@ -705,17 +717,7 @@ def eliminate(args, run, model, known, mask):
         beside = np.array_split(others[:len(judged)], many)
         return [torch.as_tensor(np.concatenate(pair), device=rows.device) for pair in zip(np.array_split(judged, many), beside)]
 
-    def step(pick):
-        judged, value = mask[pick], known[pick].clone()
-        model.books.eval()
-        prompt = model.prompt(texts[pick[judged]])[0].detach()
-        value[judged] = model.read(texts[pick[judged]], prompt)
-        loss, parts = loss_of(args, model, texts[pick], value, value.new_zeros(()))
-        if args.align:
-            h = model.state(rows.text_user[texts[pick]], rows.text_place[texts[pick]])
-            parts["align"] = align_loss(value, h, judged)
-            loss, parts["align"] = loss + args.align * parts["align"], parts["align"].detach()
-        return loss, parts
+    step = lambda pick: judged_loss(args, model, texts[pick], known[pick], mask[pick])
     return epochs(args, run, model, "eliminate", args.eliminate_epochs, batches, step, adam(args, model, True, args.eliminate_lr),
                   lambda: judge_rows(model, rows.valid, fresh(model, rows.valid))["overall"], adapter=True)
 

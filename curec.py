@@ -568,14 +568,13 @@ def align(args, run, policy, logs):
     def held_out(offset):
         users = np.random.default_rng([args.seed, 3]).permutation(logs.judged)[:args.eval_prompts]
         return align_examples(logs, users, logs.n_train[users] + offset, args.candidates, args.seed + 11 * offset)
-    saved = run.load("align")
+    saved = run.begin("align")
     if saved is None:
         step, best = 0, -1.0
         best_adapter = lora.state(policy.model)
     else:
         tensors, state = saved
         step, best = state["step"], state["best"]
-        run.rewind(state)
         best_adapter = strip(tensors, "best/")
         lora.load_state(policy.model, strip(tensors, "now/"))
         run.load_optimizer(policy.optimizer, tensors)
@@ -776,12 +775,11 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     weights = (logs.item_counts() + 1.0) ** args.negative_power
     log_q = torch.as_tensor(np.log(weights / weights.mean()), dtype=torch.float32, device=device)
     # A user's training sequence is cut into windows of L targets; the cut moves from epoch to epoch.
-    saved, first, best, best_epoch, stale = run.load(name), 0, -1.0, 0, 0
+    saved, first, best, best_epoch, stale = run.begin(name), 0, -1.0, 0, 0
     best_model = {k: v.clone() for k, v in model.state_dict().items()}
     if saved is not None:
         tensors, state = saved
         first, best, best_epoch, stale = state["epoch"], state["best"], state["best_epoch"], state["stale"]
-        run.rewind(state)
         model.load_state_dict(strip(tensors, "now/"))
         best_model = strip(tensors, "best/")
         run.load_optimizer(optimizer, tensors)
@@ -861,11 +859,10 @@ def correct(args, run, policy, logs, reward_model, texts):
     items = logs.item_at(users, positions)
     batches = schedule(users.tolist(), items.tolist(), args.correct_batch)
     policy.start()
-    saved, first = run.load("correct"), 0
+    saved, first = run.begin("correct"), 0
     if saved is not None:
         tensors, state = saved
         first = state["batch"]
-        run.rewind(state)
         lora.load_state(policy.model, strip(tensors, "now/"))
         run.load_optimizer(policy.optimizer, tensors)
         texts.restore(strip(tensors, "texts/"), state)

@@ -528,10 +528,9 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
     state, restore, parameters = module
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     rows, done, best, waited, kept = host.rows, 0, -1.0, 0, state()
-    if (saved := run.load(name)) is not None:
+    if (saved := run.begin(name)) is not None:
         tensors, earlier = saved
         done, best, waited, kept = earlier["step"], earlier["best"], earlier["waited"], strip(tensors, "best/")
-        run.rewind(earlier)
         restore(strip(tensors, "now/"))
         run.load_optimizer(optimizer, tensors)
     valid = np.sort(np.random.default_rng([args.seed, 3]).permutation(rows.valid)[:args.eval_rows])

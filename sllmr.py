@@ -612,10 +612,9 @@ def fit(args, run, rows, scored, vectors):
     optimizer = torch.optim.Adam([{"params": model.ctr.parameters(), "weight_decay": args.weight_decay},
                                   {"params": model.gate.parameters(), "lr": args.gate_lr}], lr=args.lr)
     first, best, kept, waited = 0, -1.0, None, 0
-    if (saved := run.load("train")) is not None:
+    if (saved := run.begin("train")) is not None:
         tensors, state = saved
         first, best, waited, kept = state["epoch"], state["best"], state["waited"], strip(tensors, "best/")
-        run.rewind(state)
         model.load_state_dict(strip(tensors, "now/"))
         run.load_optimizer(optimizer, tensors)
     used = scored is not None and args.lam > 0

@@ -288,10 +288,18 @@ class Run:
         path = self.folder / "metrics.jsonl"
         return path.stat().st_size if path.exists() else 0
 
-    def rewind(self, state):
-        """Cut metrics.jsonl back to where the checkpoint was written: the steps after it will be run again."""
-        if self.log_bytes() > state["log_bytes"]:
-            os.truncate(self.folder / "metrics.jsonl", state["log_bytes"])
+    def begin(self, phase):
+        """load(phase), with metrics.jsonl cut back to where that was written, or, where nothing was, to before the phase: the
+        steps after it will be run again."""
+        saved, path = self.load(phase), self.folder / "metrics.jsonl"
+        if saved is None:
+            before = path.read_bytes() if path.exists() else b""
+            keep = before.find(b'{"phase": ' + json.dumps(phase).encode())
+        else:
+            keep = saved[1]["log_bytes"]
+        if 0 <= keep < self.log_bytes():
+            os.truncate(path, keep)
+        return saved
 
     def log(self, phase, step, total, **values):
         """One record in metrics.jsonl and one line `align 00120/02000 | loss 0.6312 | 1.32 s/it | 1.8 GiB`."""

@@ -166,8 +166,11 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, capsys):
     run.log("p", 2, 3, loss=0.4)
     with open(tmp_path / "r" / "metrics.jsonl", "a") as f:
         f.write('{"half')
-    run.rewind(run.load("c")[1])
+    run.begin("c")
     assert [json.loads(line)["step"] for line in open(tmp_path / "r" / "metrics.jsonl")] == [1]
+    run.log("q", 1, 3, loss=0.4)
+    assert run.begin("q") is None                                             # killed before the first checkpoint of a phase
+    assert [json.loads(line)["phase"] for line in open(tmp_path / "r" / "metrics.jsonl")] == ["p"]
     assert "p 1/3 | loss 0.5" in capsys.readouterr().out
 
 

@@ -1,0 +1,299 @@
+"""coco.py: codebook, what texts may hold, judge, masked tuning, served vectors, resume, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import coco
+from common import llm, lora
+from common.run import parse
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data", "toy:40x200x700", "--dim", "8", "--mlp", "16,8", "--codes", "4", "--prompt-len", "2", "--base-epochs", "1", "--epochs", "1",
+         "--eliminate-epochs", "1", "--rank-users", "5"]
+
+
+def args(*flags):
+    return parse(coco.Args, "", [*SMALL, *flags])
+
+
+def built(*flags):
+    a = args(*flags)
+    rows = coco.Rows(a, torch.device("cpu"))
+    return a, rows, coco.CoCo(a, rows)
+
+
+# ------------------------------------------------------------------------------------------------------- codebook
+def test_moving_averages_equal_vector_quantize_pytorchs_over_100_updates():
+    vq = pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    theirs = vq.VectorQuantize(dim=6, codebook_size=8, decay=0.9, commitment_weight=0.25, kmeans_init=False, threshold_ema_dead_code=0,
+                               rotation_trick=False)
+    ours, start = coco.Codebook(8, 6, "ema", 0.25, 0.9, kmeans=False), torch.randn(8, 6)
+    theirs._codebook.embed.data.copy_(start[None])
+    theirs._codebook.embed_avg.data.copy_(start[None])
+    theirs._codebook.cluster_size.data.fill_(1)
+    ours.codes.data.copy_(start)
+    ours.total.copy_(start)
+    for _ in range(100):
+        z = torch.randn(64, 6) + 0.1 * torch.randn(6)
+        want, index, loss = theirs(z[None])
+        got, chosen, terms = ours(z)
+        assert torch.equal(index[0], chosen) and torch.allclose(want[0], got, atol=1e-5) and torch.allclose(loss, terms, atol=1e-6)
+        assert torch.allclose(theirs._codebook.embed[0], ours.codes, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient,reaches_codes", [("both", True), ("ste", False), ("ema", False)])
+def test_a_code_is_passed_on_as_it_is_and_learns_from_the_task_in_one_mode_only(gradient, reaches_codes):
+    torch.manual_seed(0)
+    book = coco.Codebook(8, 6, gradient, kmeans=False).eval()
+    z = (1000 * torch.randn(16, 6)).requires_grad_()                         # so large that careless sums would show
+    value, index, _ = book(z)
+    if gradient == "both":
+        assert torch.equal(value, book.codes[index])
+    weight = torch.randn_like(value)
+    (value * weight).sum().backward()
+    assert torch.allclose(z.grad, weight)
+    want = torch.zeros_like(book.codes).index_add_(0, index, weight)
+    assert torch.allclose(book.codes.grad, want, atol=1e-5) if reaches_codes else book.codes.grad is None
+
+
+def test_commitment_moves_the_state_only_and_the_codebook_term_the_codes_only():
+    torch.manual_seed(0)
+    for beta in (0.0, 0.5):
+        book, z = coco.Codebook(4, 3, beta=beta, kmeans=False).eval(), torch.randn(10, 3, requires_grad=True)
+        _, index, terms = book(z)
+        terms.backward()
+        far = (z - book.codes[index]).detach()
+        assert torch.allclose(z.grad, beta * 2 * far / z.numel(), atol=1e-6)
+        assert torch.allclose(book.codes.grad, torch.zeros(4, 3).index_add_(0, index, -2 * far / z.numel()), atol=1e-6)
+
+
+def test_of_equally_near_codes_the_first_is_chosen():
+    assert coco.Codebook.nearest(torch.zeros(1, 2), torch.tensor([[1.0, 0], [-1, 0], [0, 1]])).tolist() == [0]
+
+
+def test_the_safeguards_keep_the_codes_in_use():
+    def used(**change):
+        torch.manual_seed(0)
+        z = 5 + 0.1 * torch.randn(400, 4)                                     # far from where codes start at random
+        book = coco.Codebook(16, 4, **change)
+        for k in range(30):
+            book(z[torch.randint(400, (64,))])
+        return coco.usage(book.eval()(z)[1], 16)
+    assert used(kmeans=False, dead=0)[0] == 1 / 16
+    assert used(kmeans=True, dead=0)[0] > 0.9 and used(kmeans=False, dead=5)[0] > 0.5
+
+
+def test_usage_and_perplexity_by_hand():
+    share, perplexity = coco.usage(torch.tensor([0, 0, 1, 1]), 8)
+    assert share == pytest.approx(0.25) and perplexity == pytest.approx(2)
+    assert coco.usage(torch.arange(8), 8) == (1.0, pytest.approx(8))
+
+
+# ------------------------------------------------------------------------------------------------------- rows and texts
+def test_no_text_holds_what_it_is_to_predict_and_every_row_finds_its_own():
+    _, rows, _ = built()
+    for table in (rows.train, rows.valid, rows.test):
+        u, place, text = table[:3]
+        assert torch.equal(rows.text_user[text], u)
+        assert (rows.text_place[text] <= place - 0).all() and (place - rows.text_place[text] < 5).all() and (rows.text_place[text] >= 1).all()
+    had = {(int(u), int(i)) for u, i in zip(rows.data.user, rows.data.item)}
+    for u, _, _, target, *negatives in rows.test.T.tolist():
+        assert (u, target) in had and not any((u, i) in had for i in negatives)
+    texts = torch.tensor([5, 0, 9])
+    table, owner = rows.of_texts(texts)
+    want = [r for t in texts.tolist() for r in rows.train.T.tolist() if r[2] == t]
+    assert table.T.tolist() == want and torch.equal(texts[owner], table[2])
+
+
+# ------------------------------------------------------------------------------------------------------- model
+def test_the_llm_is_frozen_and_the_codes_learn_through_it():
+    a, rows, model = built()
+    texts = torch.as_tensor(rows.train_texts[:6])
+    prompt, index, terms = model.prompt(texts)
+    loss, _ = coco.loss_of(a, model, texts, model.read(texts, prompt), terms * 0)
+    loss.backward()
+    assert all(p.grad is None for p in model.llm.parameters())
+    grad = model.books[0].codes.grad
+    chosen = torch.zeros(4, dtype=torch.bool).index_fill_(0, index, True)
+    assert (grad[chosen].abs().sum(1) > 0).all() and (grad[~chosen] == 0).all()
+    assert model.passes == 6
+
+
+def test_what_is_read_does_not_depend_on_who_else_is_in_the_batch():
+    _, rows, model = built()
+    model.eval()
+    texts = torch.as_tensor(rows.train_texts[:8])
+    with torch.no_grad():
+        model.books[0].start(torch.randn(20, 8))
+        together, _ = coco.knowledge(model, texts)
+        alone = torch.cat([coco.knowledge(model, texts[k:k + 1])[0] for k in range(8)])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_other_prompts_read_other_things():
+    _, rows, model = built()
+    texts = torch.as_tensor(rows.train_texts[:2])
+    with torch.no_grad():
+        prompt = model.prompt(texts)[0]
+        assert not torch.allclose(model.read(texts, prompt), model.read(texts, prompt + torch.randn_like(prompt)), atol=1e-3)
+
+
+@pytest.mark.parametrize("prompt", ["mixture", "shared", "static"])
+def test_the_other_prompts(prompt):
+    a, rows, model = built("--prompt", prompt)
+    texts = torch.as_tensor(rows.train_texts[:6])
+    found, index, _ = model.prompt(texts)
+    assert found.requires_grad == (prompt != "static") and (index == 0).all()
+    assert torch.equal(found[0], found[1]) == (prompt != "mixture")
+
+
+# ------------------------------------------------------------------------------------------------------- judge
+def test_without_knowledge_nobody_is_contradicted_and_a_knowledge_that_hurts_is_found():
+    a, rows, model = built("--no-match", "--margin", "0", "--judge-least", "1", "--judge-level", "text")
+    texts = torch.as_tensor(rows.train_texts)
+    nothing = torch.zeros(len(texts), 8)
+    assert not coco.contradicted(a, model, texts, nothing).any()
+    table, owner = rows.of_texts(texts)
+    torch.manual_seed(0)
+    known = 30 * torch.randn(len(texts), 8)
+    model.eval()
+    with torch.no_grad():
+        worse = coco.rec_loss(model.score(table, known[owner]), "bce") - coco.rec_loss(model.score(table), "bce")
+    want = torch.tensor([worse[owner == t].mean() > 0 for t in range(len(texts))])
+    assert 0 < want.sum() < len(texts) and torch.equal(coco.contradicted(a, model, texts, known), want)
+    few = coco.contradicted(args("--no-match", "--margin", "0", "--judge-level", "text", "--judge-least", "5"), model, texts, known)
+    assert torch.equal(few, want & (torch.bincount(owner, minlength=len(texts)) >= 5))
+
+
+def test_confidence_counts_a_negative_the_other_way_round_and_agrees_with_the_loss_under_nce():
+    better, worse = torch.tensor([[2.0, -2.0]]), torch.tensor([[2.0, 2.0]])
+    assert coco.confidence(better, "bce") > coco.confidence(worse, "bce")
+    assert float(coco.confidence(better, "bce")) == pytest.approx(1 / (1 + np.exp(-2)))
+    s = torch.randn(50, 5)
+    order = lambda x: x.argsort().tolist()
+    assert order(coco.confidence(s, "nce")) == order(-coco.rec_loss(s, "nce"))
+
+
+def test_losses_by_hand():
+    s = torch.tensor([[np.log(3.0), 0.0, 0.0]], dtype=torch.double)
+    assert float(coco.rec_loss(s, "nce")) == pytest.approx(-np.log(3 / 5))
+    assert float(coco.rec_loss(s, "bce")) == pytest.approx((np.log(4 / 3) + np.log(2)) / 2)
+
+
+def test_a_text_that_is_not_judged_gives_the_llm_exactly_no_gradient_and_the_recommender_its_own():
+    a, rows, model = built()
+    model.eval()
+    coco.adapt(model.llm, True)
+    for p in lora.parameters(model.llm):
+        p.data.normal_(std=0.1)
+    texts = torch.as_tensor(rows.train_texts[:6])
+    known = coco.knowledge(model, texts)[0]
+
+    def gradients(part, judged):
+        for p in [*model.parameters(), *lora.parameters(model.llm)]:
+            p.grad = None
+        coco.judged_loss(a, model, texts[part], known[part], judged)[0].backward()
+        rows_ = len(rows.of_texts(texts[part])[1])
+        return [None if p.grad is None else p.grad * rows_ for p in lora.parameters(model.llm)], model.gate.weight.grad.abs().sum()
+    yes = torch.tensor([True, True, False, False, False, False])
+    none, gate = gradients(slice(2, 6), yes[2:])
+    assert all(g is None for g in none) and gate > 0
+    both, _ = gradients(slice(0, 6), yes)
+    alone, _ = gradients(slice(0, 2), yes[:2])
+    assert any(g.abs().sum() > 0 for g in alone) and all(torch.allclose(x, y, atol=1e-6) for x, y in zip(both, alone))
+
+
+def test_the_judge_is_measured_against_the_truth():
+    _, rows, _ = built()
+    truth = coco.misled(rows)
+    report = coco.judge_report(rows, truth, truth)
+    assert report["precision"] == report["recall"] == 1.0
+    assert coco.judge_report(rows, ~truth, truth)["recall"] == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------- serving
+def test_what_was_read_once_is_never_read_again(tmp_path):
+    a, rows, model = built("--run", str(tmp_path / "r"))
+    run, texts = coco.Run(a, "coco", "x"), rows.test[2]
+    store = coco.Store(run, model)
+    first, codes = store.get(texts)
+    distinct = {(tuple(model.tokens(t)), k) for t, k in zip(texts.tolist(), codes.tolist())}
+    assert model.passes == len(distinct) <= len(texts.unique()) * a.codes
+    assert torch.allclose(first, coco.knowledge(model, texts)[0], atol=1e-5)
+    passes = model.passes
+    again = coco.Store(run, model)
+    assert torch.equal(again.get(texts)[0], first) and model.passes == passes
+
+
+# ------------------------------------------------------------------------------------------------------- end to end
+@pytest.mark.parametrize("flags", [("--prompt", "none"), ("--head", "nce", "--levels", "2", "--recommender", "dcnv2"), ("--joint",),
+                                   ("--prompt", "static", "--judge", "all", "--align", "0.1"), ("--prompt", "mixture", "--judge", "confidence")])
+def test_every_kind_of_run_ends_with_a_result(tmp_path, capsys, flags):
+    coco.main(coco.Args, coco.train, "", [*SMALL, "--run", str(tmp_path / "r"), *flags])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("RESULT "))
+    assert 0 < result["test"]["overall"] < 1 and {"misled", "rest"} <= set(result["test"]) and "ndcg@10" in result["ranking"]
+
+
+def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
+    def start(name, *flags):
+        return subprocess.Popen([sys.executable, str(ROOT / "coco.py"), *SMALL, "--margin", "-10", "--run",
+                                 str(tmp_path / name), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    a, b = start("a"), start("b")
+    log = tmp_path / "b" / "metrics.jsonl"
+    while b.poll() is None and not (log.exists() and b"collaborate" in log.read_bytes()):
+        time.sleep(0.01)
+    b.send_signal(signal.SIGKILL)
+    b.communicate()
+    b = start("b", "--resume")
+    last = [p.communicate()[0].strip().splitlines()[-1] for p in (a, b)]
+    assert last[0] == last[1] and last[0].startswith("RESULT {")
+    assert log.read_bytes() == (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    codes = [json.loads(line) for line in (tmp_path / "a" / "codes.jsonl").read_text().splitlines()]
+    assert len(codes) == 4 and all(len(c["nearest_tokens"]) == 2 for c in codes) and sum(c["texts"] for c in codes) > 0
+
+
+def test_the_table_of_variants_shares_what_is_the_same(tmp_path, capsys):
+    coco.main(coco.Args, coco.train, "", [*SMALL, "--ablations", "--variants", "no LLM,codebook,full", "--run", str(tmp_path / "all")])
+    table = json.loads(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("RESULT "))["ablations"]
+    assert set(table) == {"no LLM", "codebook", "full"} and "recall" in table["full"] and "codes used" not in table["no LLM"]
+    path = tmp_path / "all" / "s0"
+    assert (path / "full" / "collaborate.safetensors").read_bytes() == (path / "codebook" / "collaborate.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("flags,status,message", [
+    (("--prompt", "poem"), 2, "--prompt is"), (("--prompt", "group:gender"), 1, "no user fields"), (("--group-prompt", "{x}"), 2, "--group-prompt"),
+    (("--variants", "best"), 2, "--variants best"), (("--tau", "0"), 2, "--tau"), (("--lora-targets", "nothing"), 1, "no such linear layer")])
+def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
+    with pytest.raises(SystemExit) as stop:
+        coco.main(coco.Args, coco.train, "", [*SMALL, "--run", str(tmp_path / "r"), *flags])
+    assert stop.value.code == status and message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_groups_of_users_get_their_own_text(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["user,item,time,title"] + [f"u{u},i{i},{t},Title {i}" for u in range(12) for t, i in enumerate(rng.permutation(40)[:8])]
+    (data / "interactions.csv").write_text("\n".join(lines) + "\n")
+    a = args("--data", str(data), "--prompt", "group:gender")
+    rows = coco.Rows(a, torch.device("cpu"))
+    rows.data.user_fields["gender"] = ["F" if u % 2 else "M" for u in range(len(rows.data.users))]
+    model = coco.CoCo(a, rows)
+    texts = torch.as_tensor(rows.train_texts)
+    prompt, group, _ = model.prompt(texts)
+    assert set(group.tolist()) == {0, 1} and torch.equal(group == 0, rows.text_user[texts] % 2 == 1)
+    said = model.tokenizer.decode(list(llm.plain_ids(model.tokenizer, "This user's gender is F. What does this user like?")))
+    near = (prompt[group == 0][0] @ model.llm.get_input_embeddings().weight.T - (model.llm.get_input_embeddings().weight ** 2).sum(1) / 2).argmax(-1)
+    assert model.tokenizer.decode(near.tolist()).startswith(said)
