@@ -291,15 +291,14 @@ def ask(rows, u, items):
 
 @torch.no_grad()
 def score_shared(model, tokenizer, asked, yes, no):
-    """Per user (G prompts that begin alike) -> list of (G,) logit(Yes) - logit(No), fp32, all in one forward pass."""
+    """Per user (G prompts that begin alike) -> list of (G,) logit(Yes) - logit(No), fp32, the history computed once."""
     prefixes, tails = [], []
     for prompts in asked:
         ids = [llm.chat(tokenizer, read + question) for read, question in prompts]
-        same = len(os.path.commonprefix(ids))
+        same = min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1)
         prefixes.append(ids[0][:same])
-        tails.append([x[same:] + [yes] for x in ids])
-    packed = llm.pack_tails(prefixes, tails).to(model.device)
-    answers = llm.packed_hidden(model, packed)[llm.last_slots(packed)]
+        tails.append([x[same:] for x in ids])
+    answers = llm.after_tails(model, prefixes, tails)
     gap = llm.over_logits(model, lambda z: z[:, yes] - z[:, no], answers)
     return gap.float().cpu().split([len(row) for row in tails])
 

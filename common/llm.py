@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from common.run import UserError, progress
 
@@ -540,6 +540,45 @@ def encode(model, tokenizer, texts, batch_size=64, max_tokens=256, desc=None):
         hidden = _plain_hidden(model, tokens, mask)
         vectors[part] = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     return vectors
+
+
+class _ForkedCache:
+    """Keys and values of B prefixes (a filled DynamicCache), read by G rows each. Every layer in turn uses one pair of
+    buffers (B, G, heads, P + T, head_dim)."""
+
+    def __init__(self, prefixes, G):
+        self.layers, self.G, self.buffers = prefixes.layers, G, None
+
+    def update(self, keys, values, layer, *_, **__):
+        before = self.layers[layer].keys, self.layers[layer].values                           # (B, heads, P, head_dim)
+        B, heads, P, D = before[0].shape
+        if self.buffers is None:
+            self.buffers = [keys.new_empty(B, self.G, heads, P + keys.shape[2], D) for _ in range(2)]
+        for buffer, old, new in zip(self.buffers, before, (keys, values)):
+            buffer[..., :P, :] = old[:, None]
+            buffer[..., P:, :] = new.view(B, self.G, heads, -1, D)
+        return [buffer.flatten(0, 1) for buffer in self.buffers]
+
+    def get_seq_length(self, layer=0):
+        return self.layers[layer].keys.shape[2]
+
+
+@torch.no_grad()
+def after_tails(model, prefixes, tails):
+    """Last hidden states (N, D) of prefix b + each of tails[b], in order: B lists of token ids, B lists of such lists. A prefix
+    runs once; then every tail is a row of its own that reads the prefix's keys, and does not pay for the others."""
+    tokens, real, lengths = _right_padded(prefixes, model.device)
+    prefix = DynamicCache(config=model.config)
+    model.get_decoder()(input_ids=tokens, attention_mask=real.long(), past_key_values=prefix, use_cache=True)
+    G = max(map(len, tails))
+    tokens, _, size = _right_padded([tail for row in tails for tail in [*row, *[[0]] * (G - len(row))]], model.device)
+    N, T = tokens.shape
+    own = torch.ones(T, T, dtype=torch.bool, device=model.device).tril().expand(N, T, T)
+    mask = torch.cat([real.repeat_interleave(G, 0)[:, None].expand(-1, T, -1), own], -1)[:, None]
+    position = lengths.repeat_interleave(G)[:, None] + torch.arange(T, device=model.device)
+    hidden = _hidden(model, tokens, position, mask, _ForkedCache(prefix, G))
+    there = torch.tensor([g < len(row) for row in tails for g in range(G)], device=model.device)
+    return hidden[torch.arange(N, device=model.device), size - 1][there]
 
 
 def next_token_logits(model, prompts, ids):
