@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, main, prefix, progress, pyplot, strip
+from common.run import Run, UserError, main, prefix, progress, pyplot, strip, write_table
 from common.sequences import Logs
 
 
@@ -549,12 +549,12 @@ def judge_ranking(model, known=None):
 
 
 def codes_view(model, codes):
-    """Every code in words: the tokens nearest to its prompt's vectors, how many texts chose it, and three typical users with
-    their last titles. codes (n_texts,): the choice of every text."""
+    """Every code in words: the tokens nearest to what its prompt adds to the mean prompt, how many texts chose it, and three
+    typical users with their last titles. codes (n_texts,): the choice of every text."""
     rows, book = model.rows, model.books[0]
     table = F.normalize(model.llm.get_input_embeddings().weight.float(), dim=-1)
     prompts = model.words[0] + model.scale * model.to_prompt(book.codes).view(len(book.codes), model.m, -1)
-    near = (F.normalize(prompts, dim=-1) @ table.T).argmax(-1)
+    near = (F.normalize(prompts - prompts.mean(0), dim=-1) @ table.T).argmax(-1)
     z = model.to_query(model.state(rows.text_user, rows.text_place))
     lines = []
     for k in range(len(book.codes)):
@@ -874,8 +874,7 @@ def ablations(args):
                 continue
         print(f"{name:14}" + "".join(metrics.shown(table[name].get(c)) for c in columns))
     plot(found, root / "pilot.png")
-    print("RESULT " + json.dumps({"ablations": table, "data": args.data, "backbone": args.backbone}, sort_keys=True))
-    return table
+    return write_table(root, args, table)
 
 
 def plot(found, path):

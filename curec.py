@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit
-from common.run import Run, UserError, main, prefix, progress, strip
+from common.run import Run, UserError, main, prefix, progress, strip, write_table
 from common.sequences import Logs, bayes, popularity
 
 
@@ -982,6 +982,7 @@ def train(args):
         result["attention_entropy"] = attention_entropy(args, model, logs, texts)
     if logs.data.world is not None:
         result["bayes_optimal"] = bayes(logs)
+    run.write_jsonl("examples", [explain(args, model, logs, texts, u, 3) for u in logs.judged[:20].tolist()])
     run.finish("result", result)
     show(result)
     return run.result(result)
@@ -1045,21 +1046,31 @@ def recommend(args):
     tensors, _ = run.load("served")
     model = RewardModel(old, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device).eval()
     model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("texts/")})
+    found = explain(old, model, logs, texts, u, args.top)
+    print(f"user {found['user']}, {len(logs.sequence(u))} choices, the last: " + "; ".join(found["history"]))
+    print(f"pattern: {found['pattern'] or '(none)'}\n")
+    for rank, item in enumerate(found["top"], 1):
+        print(f"{rank:2d}. {item['title']}   score {item['score']:.2f}")
+        for reason in item["reasons"]:
+            print(f"      {reason['weight']:4.0%}  {reason['text']}")
+    return {}
+
+
+@torch.no_grad()
+def explain(args, model, logs, texts, u, top):
+    """What user number u is shown, as a record: last choices, pattern, the best items with their reasons and the attention."""
+    model.eval()
+    device = next(model.parameters()).device
     users, end = torch.tensor([u], device=device), np.array([len(logs.sequence(u))])
-    history = logs.histories(np.array([u]), end, old.max_history).to(device)
+    history = logs.histories(np.array([u]), end, args.max_history).to(device)
     scores = model.score_catalogue(users, history, texts)[0]
     scores[torch.as_tensor(logs.sequence(u).astype(np.int64), device=device)] = -torch.inf
-    best = scores.topk(min(args.top, len(scores))).indices
-    print(f"user {args.recommend}, {end[0]} choices, the last: " + "; ".join(logs.history(u, end[0])[-5:]))
-    print(f"pattern: {texts.pattern[u] or '(none)'}\n")
-    for rank, i in enumerate(best.tolist(), 1):
-        print(f"{rank:2d}. {logs.lines[i]}   score {scores[i]:.2f}")
-        if old.features == "ids":
-            continue
-        w = model.match(users, torch.tensor([[i + 1]], device=device), texts, return_weights=True)[0, 0].mean(0).tolist()
-        for entry, weight in sorted(zip(texts.reason[i], w[1:]), key=lambda x: -x[1]):
-            print(f"      {weight:4.0%}  {entry['text']}")
-    return {}
+    shown = []
+    for i in scores.topk(min(top, len(scores))).indices.tolist():
+        w = [] if args.features == "ids" else model.match(users, torch.tensor([[i + 1]], device=device), texts, return_weights=True)[0, 0].mean(0).tolist()
+        reasons = [{"weight": round(weight, 4), "text": entry["text"]} for entry, weight in sorted(zip(texts.reason[i], w[1:]), key=lambda x: -x[1])]
+        shown.append({"title": logs.lines[i], "score": round(float(scores[i]), 4), "reasons": reasons})
+    return {"user": logs.data.users[u], "history": logs.history(u, end[0])[-5:], "pattern": texts.pattern[u], "top": shown}
 
 
 def served_texts(args, run, logs, device):
@@ -1118,8 +1129,7 @@ def ablations(args):
             except KeyError:                                              # this variant has no such phase
                 continue
         print(f"{name:18}" + "".join(metrics.shown(rows[name].get(c)) for c in columns))
-    print("RESULT " + json.dumps({"ablations": rows, "data": args.data, "backbone": args.backbone}, sort_keys=True))
-    return rows
+    return write_table(root, args, rows)
 
 
 if __name__ == "__main__":

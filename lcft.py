@@ -59,7 +59,7 @@ import torch.nn.functional as F
 
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines, item_line
-from common.run import Run, UserError, main, prefix, progress, pyplot, strip
+from common.run import Run, UserError, main, prefix, progress, pyplot, strip, write_table
 
 
 # 2 ---------------------------------------------------------------------------------------------------- arguments
@@ -676,10 +676,9 @@ def ablations(args):
     for name, by_value in found.items():
         value = choose(by_value, floor)
         print(f"{name + f' {value:g}':20}{shown(by_value[value], 'test')}")
-        table[name] = {"value": value} | {key: cell(by_value[value], "test", key) for key in COLUMNS.values()}
+        table[f"{name} {value:g}"] = {column: cell(by_value[value], "test", key) for column, key in COLUMNS.items()}
     plot(found, root / "ece.png")
-    print("RESULT " + json.dumps({"ablations": table, "data": args.data, "backbone": args.backbone}, sort_keys=True))
-    return table
+    return write_table(root, args, table)
 
 
 def plot(found, path):

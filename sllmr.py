@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, main, prefix, progress, pyplot, strip, write_atomically
+from common.run import Run, UserError, main, prefix, progress, pyplot, strip, write_atomically, write_table
 from common.sequences import Logs
 
 
@@ -605,6 +605,24 @@ def gate_view(args, model, scored):
     return torch.cat(parts, 1).cpu().numpy()
 
 
+@torch.no_grad()
+def gate_map(args, rows, model, scored, bins=5):
+    """Mean alpha by length of the user's history and popularity of the item, in bins of equally many scored pairs."""
+    model.eval()
+    alpha = []
+    for pick in torch.arange(len(scored.users), device=rows.device).split(64):
+        alpha.append(alphas(args, model, scored, pick, logits_of(model, scored, pick))[scored.known[pick]])
+    alpha = torch.cat(alpha).cpu().numpy()
+    length = rows.logs.n_train[scored.users.cpu().numpy()][:, None].repeat(scored.known.shape[1], 1)[scored.known.cpu().numpy()]
+    count = rows.logs.item_counts()[scored.items.cpu().numpy()][scored.known.cpu().numpy()]
+    edges = [np.unique(np.quantile(x, np.linspace(0, 1, bins + 1)).astype(int)) for x in (length, count)]
+    where = [np.clip(np.searchsorted(e, x, side="right") - 1, 0, max(len(e) - 2, 0)) for e, x in zip(edges, (length, count))]
+    names = [[f"{a}–{b}" for a, b in zip(e, e[1:])] or [str(e[0])] for e in edges]
+    cell = lambda mask: round(float(alpha[mask].mean()), 4) if mask.any() else None
+    return {"history": names[0], "popularity": names[1],
+            "alpha": [[cell((where[0] == i) & (where[1] == j)) for j in range(len(names[1]))] for i in range(len(names[0]))]}
+
+
 def fit(args, run, rows, scored, vectors):
     """Phase 2: Adam on L_rec + lambda L_LLM, the epoch with the best validation AUC. Resumable after any epoch."""
     model = Model(args, rows, vectors).to(rows.device)
@@ -725,6 +743,7 @@ def train(args, shared=None):
               "lam": args.lam, "seed": args.seed, "train": run.done("train"), "valid": judge_rows(model, rows, rows.valid),
               "test": judge_rows(model, rows, rows.test), "ranking": judge_ranking(model, rows)}
     if scored is not None and args.llm_loss == "pairwise" and args.gate != "ones":
+        result["gate_map"] = gate_map(args, rows, model, scored)
         result["gate_is"] = {name: round(x, 4) for name, x in zip(("cold", "tail", "unsure", "b"), (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item()))}
         if scorer(args, rows) == "oracle":                       # does the gate find where the LLM is right?
             alpha, cold, tail = gate_view(args, model, scored)
@@ -767,7 +786,7 @@ def ablations(args):
     """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model on test, and
     (with matplotlib) gate.png: alpha per cell over the epochs. --resume goes on where it stopped."""
     root = Path(args.run or f"runs/sllmr-ablations-{Path(args.data).name.replace(':', '-')}")
-    tables = {}
+    tables = {}   # {recommender, variant, lambda: its row}
     for recommender in args.recommenders or (args.recommender,):
         found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)} for name in args.variants or VARIANTS}
         for seed in args.seeds or (args.seed,):
@@ -781,17 +800,15 @@ def ablations(args):
                     found[name][lam].append(train(now, root / f"scores-s{seed}"))
         print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, mean ± std over {len(args.seeds or (0,))} seeds")
         print(f"{'':18}" + "".join(f"{cell.replace('_', ' '):>18}" for cell in CELLS) + f"{'gate AUC':>18}")
-        tables[recommender] = {}
         for name, by_lam in found.items():
             lam = max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]]))
             cells = {c: metrics.summary([r["test"][c] for r in by_lam[lam]]) for c in CELLS if all(c in r["test"] for r in by_lam[lam])}
             if "gate_auc" in by_lam[lam][0]:
                 cells["gate_auc"] = metrics.summary([r["gate_auc"] for r in by_lam[lam]])
             print(f"{f'{name} {lam:g}':18}" + "".join(metrics.shown(cells.get(c)) for c in (*CELLS, "gate_auc")))
-            tables[recommender][name] = {"lam": lam} | cells
+            tables[f"{recommender}, {name} {lam:g}"] = cells
         plot(root / recommender)
-    print("RESULT " + json.dumps({"ablations": tables, "data": args.data}, sort_keys=True))
-    return tables
+    return write_table(root, args, tables)
 
 
 def plot(folder):

@@ -156,6 +156,19 @@ def write_atomically(path, text):
     os.replace(beside, path)
 
 
+def write_table(root, args, rows):
+    """The end of an ablation: table.json and report.html in its folder, RESULT {json} on standard output. rows: {name:
+    {column: summary}}. Returns them."""
+    from common import report
+    runs = sorted(path.parent for path in Path(root).glob("**/result.json"))
+    record = {"ablations": rows, "data": args.data, "backbone": args.backbone, "seeds": list(args.seeds or (args.seed,))}
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    write_atomically(Path(root) / "table.json", json.dumps(record | {"command": command}, indent=1) + "\n")
+    report.write(runs, Path(root) / "report.html")
+    print("RESULT " + json.dumps(record, sort_keys=True))
+    return rows
+
+
 def pyplot():
     """matplotlib's, for files; None where it is not installed."""
     try:
@@ -339,8 +352,10 @@ class Run:
         write_atomically(self.folder / "header.json", json.dumps(facts, indent=1, default=str))
 
     def result(self, record):
-        """result.json, and RESULT {json} as the last line of standard output."""
+        """result.json and report.html, and RESULT {json} as the last line of standard output."""
+        from common import report
         text = json.dumps(record, sort_keys=True)
         write_atomically(self.folder / "result.json", text + "\n")
+        report.write([self.folder], self.folder / "report.html")
         print("RESULT " + text, flush=True)
         return record
