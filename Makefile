@@ -1,4 +1,5 @@
 # Everything runs in .venv, which is made on first use. PYTHON=... uses an environment of your own instead.
+# make results METHOD=lcft DATA=toy runs a part of it.
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 .PHONY: demo test bench backbone results clean
@@ -16,8 +17,7 @@ backbone: $(VENV)/ready
 	$(PYTHON) -m common.make_tiny --out common/tiny
 
 results: $(VENV)/ready
-	$(PYTHON) curec.py --ablations --seeds 0,1,2 --data toy --run runs/results-toy --resume
-	$(PYTHON) lcft.py --ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 --run runs/results-lcft-toy
+	$(PYTHON) -m common.results --method "$(METHOD)" --data "$(DATA)"
 
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)

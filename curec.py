@@ -18,6 +18,15 @@ EQUATIONS (numbers as used below; the paper's eqs. 3-4 are [2]-[3], 7-11 are [5]
   [6] score     y_ui = MLP[e_u; z_i; DIN(z_i, TransformerEnc(e_S))],  z_i = [e_i; m_ui]      -> RewardModel
   [7] signal    rho_n = y(u, i; R_i + {o_n}),  one GRPO step,  R_i <- R_i - {r_ui} + {r'_ui} -> correct
 
+CHECKED BY, in tests/
+  [1] test_rules_by_hand
+  [2] test_advantages_of_equal_rewards_are_zero_and_a_group_of_one_is_refused
+  [3] test_on_policy_the_clipped_loss_is_the_policy_gradient_with_value_zero
+  [4] test_k3_is_never_negative_and_its_gradients_are_the_two_kl_directions
+  [5] test_scores_are_finite_without_reasons_and_do_not_depend_on_their_order_or_empty_slots
+  [6] test_training_at_all_times_equals_serving_on_each_prefix
+  [7] test_a_list_of_reasons_replaces_the_authors_own_and_drops_the_oldest
+
 DEVIATIONS AND CHOICES. No code and no full text of the paper is public; what follows is a reading of it.
   - The paper does not give prompts, candidates, group size, learning rates, list bounds or the text encoder's layer.
     They are flags; the encoder is the mean of the last hidden layer of the LLM as it was after phase 1, frozen:

@@ -18,6 +18,14 @@ EQUATIONS (x+ and x- are the prompts with the two questions, P+ and P- the answe
   [5] control     L = CE + w * -log P(not y | x-)                              -> --neg-ce
   [6] score       s = logit(Yes) - logit(No) after x+                          -> Host.look
 
+CHECKED BY, in tests/
+  [1] test_the_answer_loss_is_pytorchs_cross_entropy
+  [2] test_each_divergence_by_hand_and_against_pytorch
+  [3] test_the_officials_gradient_on_the_gap_is_the_identity_of_the_docstring
+  [4] test_equal_answers_have_a_gradient_under_swap_and_hinge_only
+  [5] test_a_step_on_the_flipped_answer_makes_the_opposite_of_the_label_likelier
+  [6] test_a_packed_pair_gives_the_answers_of_two_separate_padded_passes
+
 DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on films only) differs from it.
   - `--kl paper` follows the formula: KL(P+ || P-) at the answer, gradient through both branches. The formula has no
     bound, and without one the loss has no minimum; --cap bounds it. A hinge max(0, cap - D) is the same up to a constant.

@@ -17,6 +17,13 @@ EQUATIONS
                 alpha_uij max(0, m - (s_ui - s_uj))                                             -> pair_loss
   [5] q         1 - max p, entropy, or variance under dropout; each scaled to [0, 1]            -> uncertainty
 
+CHECKED BY, in tests/
+  [1] test_every_click_model_reads_all_its_inputs_and_no_padding
+  [2] test_the_gate_as_published_can_only_fall_and_the_normalised_one_moves_both_ways
+  [3] test_the_pairs_are_those_with_the_largest_gaps_of_one_user_and_never_ties_or_unknown_ones
+  [4] test_the_pair_loss_by_hand
+  [5] test_uncertainty_is_between_0_and_1_largest_at_a_half_finite_anywhere_and_without_gradient
+
 DEVIATIONS AND CHOICES
   - The gate as published can only fall: dL/dalpha is a hinge, never negative, so descent lowers alpha wherever model and
     LLM disagree and nothing raises it. --gate paper does that. --gate normalised divides by the sum of alpha:
@@ -627,7 +634,7 @@ def fit(args, run, rows, scored, vectors):
     """Phase 2: Adam on L_rec + lambda L_LLM, the epoch with the best validation AUC. Resumable after any epoch."""
     model = Model(args, rows, vectors).to(rows.device)
     optimizer = torch.optim.Adam([{"params": model.ctr.parameters(), "weight_decay": args.weight_decay},
-                                  {"params": model.gate.parameters(), "lr": args.gate_lr}], lr=args.lr)
+                                  {"params": model.gate.parameters(), "lr": args.gate_lr}], lr=args.lr, fused=True)
     first, best, kept, waited = 0, -1.0, None, 0
     if (saved := run.begin("train")) is not None:
         tensors, state = saved

@@ -129,6 +129,31 @@ def test_the_llm_is_frozen_and_the_codes_learn_through_it():
     assert model.passes == 6
 
 
+def test_state_extraction_and_fusion_by_hand():
+    _, rows, model = built()
+    model.eval()
+    with torch.no_grad():
+        for table in (model.ctr.user, model.ctr.item):
+            table.weight[1:].normal_()
+        u, place = rows.test[:2, :1]
+        past = rows.logs.sequence(int(u))[:int(place)][-20:].astype(int) + 1
+        h = model.to_state(torch.cat([model.ctr.user.weight[u[0]], model.ctr.item.weight[past].mean(0)]))
+        assert torch.allclose(model.state(u, place)[0], h, atol=1e-5)
+
+        p, o = torch.randn(2, 128), torch.randn(3, 128)                       # [4] two queries, three words
+        e, norm = model.extract, torch.nn.functional.layer_norm
+        weight = (e.query(norm(p, (128,))) @ e.key(norm(o, (128,))).T / 8 ** 0.5).softmax(-1)
+        want = e.mlp((weight @ e.value(norm(o, (128,)))).mean(0))
+        padded = torch.cat([o, 100 * torch.ones(2, 128)])
+        assert torch.allclose(e(p[None], padded[None], torch.tensor([[True] * 3 + [False] * 2]))[0], want, atol=1e-5)
+
+        known = torch.randn(8)                                                # [5]
+        k = torch.sigmoid(model.gate(torch.cat([h, known]))) * known
+        items = rows.test[3:, :1].T
+        s = model.ctr(u, items + 1, rows.history(u, place), state=(h + k)[None])[0] + model.to_item(model.items[items[0]]) @ k
+        assert torch.allclose(model.score(rows.test[:, :1], known[None])[0], s, atol=1e-5)
+
+
 def test_what_is_read_does_not_depend_on_who_else_is_in_the_batch():
     _, rows, model = built()
     model.eval()

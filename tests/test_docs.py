@@ -40,3 +40,40 @@ def test_every_script_has_a_row_in_the_readme():
 
 def test_no_placeholder_is_left():
     assert "<!--" not in README and "TODO" not in README + "".join(SCRIPTS.values())
+
+
+def test_every_equation_names_a_function_and_a_test_that_exist():
+    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")])
+    tests = "".join(p.read_text() for p in ROOT.glob("tests/test_*.py"))
+    for name in SCRIPTS:
+        doc = importlib.import_module(name).__doc__
+        equations, checked = doc.split("EQUATIONS")[1].split("CHECKED BY")
+        checked = checked.split("\n\n")[0]
+        numbers = re.findall(r"^  \[(\d+)\]", equations, re.M)
+        assert numbers == [str(k + 1) for k in range(len(numbers))] == re.findall(r"^  \[(\d+)\]", checked, re.M), name
+        for function in re.findall(r"-> ([A-Za-z_.]+)", equations):
+            assert re.search(rf"(def|class) {function.split('.')[-1]}\b", code), (name, function)
+        assert len(re.findall(r"-> ", equations)) >= len(numbers)
+        for test in re.findall(r"(test_\w+)", checked):
+            assert f"def {test}(" in tests, (name, test)
+
+
+def test_every_table_of_make_results_stands_in_the_readme_below_its_command():
+    from common import results
+    for method, _, flags in results.COMMANDS:
+        assert results.put(README, results.command(method, flags), ["| x |"]).count("\n| x |\n") == 1, (method, flags)
+
+
+def test_tables_are_written_from_files_and_writing_them_again_changes_nothing(tmp_path):
+    from common import results
+    method, data, flags = results.COMMANDS[0]
+    folder = tmp_path / results.folder(method, data)
+    folder.mkdir(parents=True)
+    (folder / "table.json").write_text('{"ablations": {"full": {"NDCG@10": {"mean": 0.12345, "std": 0.01}}, "none": {"AUC": {"mean": 44, "std": null}}}}')
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    assert results.render(readme, results.COMMANDS, tmp_path) == [str(results.folder(method, data))]
+    first = readme.read_text()
+    assert "| full | 0.123 ± 0.010 |  |" in first and "| none |  | 44.0 |" in first
+    results.render(readme, results.COMMANDS, tmp_path)
+    assert readme.read_text() == first

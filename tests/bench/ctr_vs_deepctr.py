@@ -30,7 +30,7 @@ N_USERS, N_ITEMS, HIDDEN = 5000, 3000, (200, 80)
 def ours(args, users, items, history, label):
     torch.manual_seed(0)
     model = CTR(args.kind, N_USERS, N_ITEMS, np.zeros((N_ITEMS + 1, 1)), args.dim, HIDDEN, 0.0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     users, items, history = torch.as_tensor(users[::2]), torch.as_tensor(items.reshape(-1, 2)), torch.as_tensor(history[::2])
 
     def fit():

@@ -1,0 +1,99 @@
+"""make results: run what the README's tables come from, and write these tables into it.
+
+    python -m common.results                    # everything, resumable; hours on 2 cores
+    python -m common.results --method lcft --data toy
+    python -m common.results --render           # only write the tables of finished runs
+
+A table stands in the README below the line that holds its command; no number in it is typed.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from common.run import write_atomically
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = (   # method, data, flags
+    ("curec", "toy", "--ablations --seeds 0,1,2 --data toy"),
+    ("lcft", "toy", "--ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 "
+                    "--variants off,official:1e-4,official:1e-2,paper,swap,neg-ce"),
+    ("lcft", "ml100k", "--ablations --seeds 0,1,2 --data ml100k --steps 400 --batch 16 --eval-every 100 --eval-rows 400 --prompt-history 3 "
+                       "--lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
+                       "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4"),
+    ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 3e-3 --batch 1024 --dim 32 --rank-users 100 "
+                     "--variants none,ones,agreement --lams 0.1 --recommenders deepfm,xdeepfm,autoint,dcn,dcnv2,din"),
+    ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --variants none --lr 1e-3 --batch 1024 --rank-users 100 "
+                               "--recommenders deepfm,xdeepfm,autoint,dcn,dcnv2,din"),
+    ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
+                    "--variants 'no LLM,static,shared,mixture,codebook,full,judge all'"),
+)
+
+
+def command(method, flags):
+    return f"python {method}.py {flags}"
+
+
+def folder(method, data):
+    return Path("runs") / f"results-{method}-{data}"
+
+
+def markdown(rows):
+    """{name: {column: {"mean", "std"} or a number}} -> the lines of a Markdown table; a column that a row lacks is empty."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+
+    def cell(value):
+        if value is None:
+            return ""
+        digits = 1 if abs(value["mean"]) >= 10 else 3
+        return f"{value['mean']:.{digits}f}" + ("" if value["std"] is None else f" ± {value['std']:.{digits}f}")
+    return ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)] + [
+        f"| {name} | " + " | ".join(cell(row.get(c)) for c in columns) + " |" for name, row in rows.items()]
+
+
+def put(readme, line, table):
+    """The README with the first table after the line that holds `line` replaced. Raises ValueError where there is none."""
+    lines = readme.split("\n")
+    at = next((k for k, text in enumerate(lines) if f"`{line}`" in text), None)
+    start = next((k for k in range(at, len(lines)) if lines[k].startswith("|")), None) if at is not None else None
+    if start is None or any(re.match("#+ ", text) for text in lines[at:start]):
+        raise ValueError(f"the README has no table below `{line}`")
+    end = next((k for k in range(start, len(lines)) if not lines[k].startswith("|")), len(lines))
+    return "\n".join(lines[:start] + table + lines[end:])
+
+
+def render(path, chosen=COMMANDS, base=ROOT):
+    """Write the tables of all finished commands into the README at path; returns which."""
+    readme, done = path.read_text(encoding="utf-8"), []
+    for method, data, flags in chosen:
+        file = base / folder(method, data) / "table.json"
+        if file.exists():
+            readme = put(readme, command(method, flags), markdown(json.loads(file.read_text(encoding="utf-8"))["ablations"]))
+            done.append(str(folder(method, data)))
+    write_atomically(path, readme)
+    return done
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--method", help="one of " + ", ".join(sorted({m for m, _, _ in COMMANDS})))
+    parser.add_argument("--data", help="one of " + ", ".join(sorted({d for _, d, _ in COMMANDS})))
+    parser.add_argument("--render", action="store_true", help="run nothing")
+    args = parser.parse_args(argv)
+    chosen = [c for c in COMMANDS if args.method in (None, "", c[0]) and args.data in (None, "", c[1])]
+    if not chosen:
+        parser.error(f"nothing to do for --method {args.method} --data {args.data}")
+    for method, data, flags in () if args.render else chosen:
+        print(f"\n##### {command(method, flags)}", flush=True)
+        out = subprocess.run([sys.executable, f"{method}.py", *shlex.split(flags), "--run", str(folder(method, data)), "--resume"], cwd=ROOT)
+        if out.returncode:
+            sys.exit(out.returncode)
+    print("tables written: " + ", ".join(render(ROOT / "README.md", chosen)))
+
+
+if __name__ == "__main__":
+    main()
