@@ -2,13 +2,16 @@
 # make results METHOD=lcft DATA=toy runs a part of it.
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
-.PHONY: demo test bench backbone results clean
+.PHONY: demo test bench bench-gpu backbone results clean
 
 demo: $(VENV)/ready
 	$(PYTHON) curec.py --data toy --backbone tiny --align-steps 60 --run runs/demo --overwrite
 
 test: $(VENV)/ready-test
 	$(PYTHON) -m pytest -q tests
+
+bench-gpu: $(VENV)/ready-bench
+	$(PYTHON) tests/bench/gpu.py
 
 bench: $(VENV)/ready-bench
 	$(PYTHON) tests/bench/bench.py

@@ -420,7 +420,11 @@ class CoCo(nn.Module):
             return self.ctr(users, items + 1, history, state=h)
         k = torch.sigmoid(self.gate(torch.cat([h, known], -1))) * known
         s = self.ctr(users, items + 1, history, state=h + k)
-        return s + (k[:, None] * self.to_item(self.items[items])).sum(-1) if self.args.match else s
+        if not self.args.match:
+            return s
+        few = items.numel() < len(self.items)                    # else each item's vector is computed once
+        t = self.to_item(self.items[items]) if few else self.to_item(self.items)[items]
+        return s + (t @ k[:, :, None])[..., 0]
 
     def trained(self):
         """Everything but the LLM and the text vectors, as tensors."""
