@@ -353,7 +353,8 @@ def test_a_users_mistake_is_one_clear_line(rows, flags, words, tmp_path, capsys)
 def test_data_without_ratings_and_wrong_flags_are_one_line(tmp_path, capsys):
     (tmp_path / "interactions.csv").write_text("user,item\n" + "".join(f"a,i{k}\n" for k in range(40)))
     for flags, status, words in ((["--data", str(tmp_path)], 1, "no ratings"), (["--flip", "hate"], 2, "one of like, enjoy"),
-                                 (["--shots", "7"], 2, "even"), (["--kl", "none"], 2, "invalid choice")):
+                                 (["--shots", "7"], 2, "even"), (["--kl", "none"], 2, "invalid choice"), (["--lam-ramp", "2"], 2, "--lam-ramp"),
+                                 (["--variants", "off,hinge:x"], 2, "NAME:VALUE"), (["--variants", "hinge"], 2, "needs off")):
         with pytest.raises(SystemExit) as stop:
             lcft.main(lcft.Args, lcft.train, lcft.__doc__, flags)
         assert stop.value.code == status and words in capsys.readouterr().err
@@ -378,6 +379,31 @@ def test_every_objective_and_host_runs_to_its_result(folder, tmp_path, capsys, f
     lcft.main(lcft.Args, lcft.train, lcft.__doc__, ["--data", str(folder), "--run", str(tmp_path / "a"), *few, *flags.split()])
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert 0 <= result["test"]["auc"] <= 1 and result["test"]["divergence"] >= 0 and ("map" in result) == ("collm" in flags)
+
+
+def test_lambda_may_grow_and_the_last_step_be_kept(folder, tmp_path, capsys):
+    host = double(make(folder, kl="bounded", neg_ce=0.5, lam=2.0))
+    rows = host.rows.train[:6]
+    none, stats = lcft.train_pairs(host, rows, "bounded", grown=0.0)
+    half, _ = lcft.train_pairs(host, rows, "bounded", grown=0.5)
+    torch.testing.assert_close(none, stats["ce"])
+    torch.testing.assert_close(half, stats["ce"] - stats["apart"] + 0.25 * stats["neg_ce"])
+    few = ("--data", str(folder), "--batch", "4", "--eval-every", "1", "--eval-rows", "10", "--prompt-history", "2", "--patience", "1")
+    for keep, steps in (("last", 4), ("best", None)):
+        lcft.main(lcft.Args, lcft.train, "", [*few, "--steps", "4", "--lam-ramp", "1", "--keep", keep, "--run", str(tmp_path / keep)])
+        result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+        log = [json.loads(line) for line in (tmp_path / keep / "metrics.jsonl").read_text().splitlines()]
+        want = log[-1]["valid_auc"] if keep == "last" else max(r["valid_auc"] for r in log)
+        assert result["lora"]["valid_auc"] == pytest.approx(want, abs=1e-4) and (steps is None or result["lora"]["steps"] == steps)
+
+
+def test_the_ablation_of_chosen_variants(folder, tmp_path, capsys):
+    few = ("--data", str(folder), "--batch", "4", "--eval-rows", "10", "--prompt-history", "2", "--steps", "1")
+    lcft.main(lcft.Args, lcft.train, "", [*few, "--ablations", "--variants", "off,hinge:0.5,hinge:1", "--run", str(tmp_path / "all")])
+    found = json.loads((tmp_path / "all" / "table.json").read_text())
+    assert {name.split()[0] for name in found["ablations"]} == {"off", "hinge"} and found["seeds"] == [0]
+    assert {p.name for p in (tmp_path / "all" / "s0").iterdir()} == {"off-0", "hinge-0.5", "hinge-1"}
+    assert "<svg" in (tmp_path / "all" / "report.html").read_text()
 
 
 def test_with_collms_loss_the_score_is_the_logit_that_was_trained(folder):
