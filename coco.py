@@ -60,7 +60,6 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
 # 1 ---------------------------------------------------------------------------------------------------- imports
 import dataclasses
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -426,10 +425,6 @@ class CoCo(nn.Module):
         t = self.to_item(self.items[items]) if few else self.to_item(self.items)[items]
         return s + (t @ k[:, :, None])[..., 0]
 
-    def trained(self):
-        """Everything but the LLM and the text vectors, as tensors."""
-        return self.state_dict()
-
 
 def rec_loss(s, head, tau=1.0):
     """[7] (n,) from logits s (n, C), the target first."""
@@ -614,7 +609,7 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
     batches(rng) -> list of index arrays; step(batch) -> loss and parts to log, under the phase's own random numbers.
     adapter: the LLM's adapter is trained too. Returns what the phase reports.
     """
-    now = lambda: prefix("model/", model.trained()) | (prefix("lora/", lora.state(model.llm)) if adapter else {})
+    now = lambda: prefix("model/", model.state_dict()) | (prefix("lora/", lora.state(model.llm)) if adapter else {})
 
     def restore(tensors):
         model.load_state_dict(strip(tensors, "model/"))

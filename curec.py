@@ -325,8 +325,6 @@ class RewardModel(nn.Module):
                 self(u, history, i.expand(-1, G), texts, extra=extra).float())
 
 
-
-
 # 4 ---------------------------------------------------------------------------------------------------- prompts
 ALIGN = """A user chose these titles, oldest first:
 {history}
@@ -574,6 +572,7 @@ def align(args, run, policy, logs):
     goes on alone with what follows.
     """
     rank, world = cuda.join()
+
     def held_out(offset):
         users = np.random.default_rng([args.seed, 3]).permutation(logs.judged)[:args.eval_prompts]
         return align_examples(logs, users, logs.n_train[users] + offset, args.candidates, args.seed + 11 * offset)

@@ -55,7 +55,6 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
 
 # 1 ---------------------------------------------------------------------------------------------------- imports
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

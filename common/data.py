@@ -712,8 +712,6 @@ def sample_users(data, n, seed):
     return keep(data, np.isin(data.user, chosen), f"{n} users, seed {seed}")
 
 
-
-
 def places(user):
     """(n,) place of each interaction in its user's history, 0 first; `user` (n,) in time order."""
     order = np.argsort(user, kind="stable")

@@ -243,6 +243,7 @@ def test_batches_show_every_event_the_states_it_would_meet_one_by_one():
     for trial in range(50):
         n = int(rng.integers(1, 60))
         users, items, size = rng.integers(0, 8, n).tolist(), rng.integers(0, 9, n).tolist(), int(rng.integers(1, 6))
+
         def replay(batches):
             state, met = {}, {}
             for batch in batches:
@@ -371,7 +372,6 @@ def test_two_processes_under_torchrun_share_the_alignment_and_print_one_result(t
                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert out.returncode == 0, out.stderr[-2000:]
     assert out.stdout.count("RESULT {") == 1 and "cpu x 2" in out.stdout
-
 
 
 def result_of(out):

@@ -119,6 +119,7 @@ def test_an_optimiser_goes_on_as_if_nothing_had_happened(tmp_path):
         torch.manual_seed(0)
         layer = torch.nn.Linear(3, 2)
         return layer, torch.optim.AdamW(layer.parameters(), lr=0.1)
+
     def steps(layer, optimizer, n):
         for _ in range(n):
             optimizer.zero_grad()

@@ -76,6 +76,7 @@ def test_the_truth_ranks_better_than_popularity_and_than_the_truth_without_text_
 
 def test_more_of_the_same_is_right_for_most_users_and_wrong_for_the_misled():
     seqs = sequences(WORLD)
+
     def overlap(u):
         past, last = seqs[u][-11:-1], seqs[u][-1]
         return np.mean((WORLD.genre[past] == WORLD.genre[last]) * 1.0 + (WORLD.theme[past] == WORLD.theme[last]))

@@ -107,6 +107,7 @@ def resident():
 def peak_of(step, k):
     """Peak resident MiB above the start while step(k) runs, sampled every 2 ms."""
     base, peak, done = resident(), [0.0], threading.Event()
+
     def watch():
         while not done.is_set():
             peak[0] = max(peak[0], resident() - base)
