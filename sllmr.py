@@ -31,7 +31,7 @@ DEVIATIONS AND CHOICES
     alpha near --budget. Both judge by pairs that the model is trained to follow, and a model can follow noise. --gate
     agreement (the default) sets a share of each user's scored items aside, learns alpha_uij as the probability that the model
     orders a pair of these as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1), before the K
-    are picked: an LLM that agrees no better than a coin gets nothing. fixed never learns; ones is the paper's "global".
+    are picked: an LLM that agrees no better than a coin gets nothing. The loss is their weighted mean. fixed never learns; ones is the paper's "global".
   - q is detached: else the model could lower the loss by being sure.
   - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K. m, K, M and N are not
     given: flags.
@@ -498,7 +498,10 @@ def pair_loss(s, alpha, pairs, margin=1.0, gate="paper", reduction="mean", budge
     hinge, a = F.relu(margin - (s[u, i] - s[u, j])), (alpha[u, i] + alpha[u, j]) / 2
     if gate == "normalised":
         return (a * hinge).sum() / a.sum()
-    a = {"ones": torch.ones_like(a), "fixed": a.detach(), "agreement": (2 * a.detach() - 1).clamp(min=0)}.get(gate, a)
+    if gate == "agreement":                                      # a weighted mean, which fades out where hardly a pair has weight
+        a = (2 * a.detach() - 1).clamp(min=0)
+        return (a * hinge).sum() / (1.0 if reduction == "sum" else a.sum().clamp(min=0.1 * len(a)))
+    a = {"ones": torch.ones_like(a), "fixed": a.detach()}.get(gate, a)
     loss = (a * hinge).sum() if reduction == "sum" else (a * hinge).mean()
     return loss + budget[1] * (a.mean() - budget[0]) ** 2 if gate == "budget" else loss
 

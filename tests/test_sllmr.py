@@ -109,7 +109,11 @@ def test_the_gate_of_agreement_learns_how_often_model_and_llm_agree_and_gives_a_
     assert sure > 0.97 and abs(coin - 0.5) < 0.06
     one = (torch.tensor([0]), torch.tensor([0]), torch.tensor([1]))
     loss = lambda a: float(sllmr.pair_loss(torch.zeros(1, 2), torch.tensor([[a, a]]), one, gate="agreement"))
-    assert loss(1.0) == 1 and loss(0.75) == 0.5 and loss(0.5) == 0 and loss(0.2) == 0
+    assert loss(1.0) == 1 and loss(0.75) == 1 and loss(0.5) == 0 and loss(0.2) == 0
+    assert loss(0.51) == pytest.approx(0.2, abs=1e-5)                         # fades out: 0.02 over the floor of 0.1
+    two = (torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([1, 1]))
+    s, alpha = torch.tensor([[0.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.75, 0.75]])
+    assert float(sllmr.pair_loss(s, alpha, two, gate="agreement")) == pytest.approx((1 * 1 + 0.5 * 3) / 1.5)
 
 
 def test_uncertainty_is_between_0_and_1_largest_at_a_half_finite_anywhere_and_without_gradient():
