@@ -682,8 +682,7 @@ def train_base(args, run, model):
         loss = rec_loss(model.score(rows.train[:, batch]), args.head, args.tau).mean()
         return loss, {"loss": loss.detach()}
     batches = lambda rng: torch.as_tensor(rng.permutation(rows.train.shape[1]), device=rows.device).split(args.base_batch)
-    most = args.base_epochs if args.prompt != "none" else args.base_epochs + args.epochs      # as long as the others
-    return epochs(args, run, model, "base", most, batches, step, adam(args, model), lambda: judge_rows(model, rows.valid)["overall"])
+    return epochs(args, run, model, "base", args.base_epochs, batches, step, adam(args, model), lambda: judge_rows(model, rows.valid)["overall"])
 
 
 def train_prompts(args, run, model):
@@ -836,7 +835,7 @@ def show(result):
 
 # 10 --------------------------------------------------------------------------------------------------- compare
 VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the same)
-    "no LLM": ({"prompt": "none"}, None),
+    "no LLM": ({"prompt": "none", "base_epochs": 100, "patience": 6}, None),                  # until it gets no better
     "static": ({"prompt": "static", "judge": "off"}, None),
     "shared": ({"prompt": "shared", "judge": "off"}, None),
     "mixture": ({"prompt": "mixture", "judge": "off"}, None),
