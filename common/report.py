@@ -37,7 +37,7 @@ def text(x):
 def number(x):
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         return text(x)
-    return f"{x:,}" if isinstance(x, int) else f"{x:.4g}"
+    return f"{x:,}" if isinstance(x, int) else f"{x:.4f}" if 1e-3 <= abs(x) < 10 else f"{x:.4g}"
 
 
 def table(head, rows):
@@ -58,7 +58,7 @@ def chart(lines, title, dots=False, square=None):
     xs = [p[0] for points in lines.values() for p in points]
     ys = [y for points in lines.values() for p in points for y in (p[1] - (p[2] if len(p) > 2 else 0), p[1] + (p[2] if len(p) > 2 else 0))]
     (x0, x1), (y0, y1) = ((square, square) if square else ((min(xs), max(xs)), (min(ys), max(ys))))
-    at = lambda x, y: (34 + 240 * (x - x0) / ((x1 - x0) or 1), 120 - 110 * (y - y0) / ((y1 - y0) or 1))
+    at = lambda x, y: (44 + 240 * (x - x0) / ((x1 - x0) or 1), 120 - 110 * (y - y0) / ((y1 - y0) or 1))
     join = lambda points: " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in points))
     parts = [f'<polyline points="{join([(x0, y0), (x1, y1)])}" fill="none" stroke="currentColor" stroke-dasharray="3" opacity=".4"/>'] if square else []
     for k, (name, points) in enumerate(lines.items()):
@@ -69,10 +69,10 @@ def chart(lines, title, dots=False, square=None):
         parts.append(f'<polyline points="{join([p[:2] for p in points])}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         if dots or len(points) == 1:
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in (at(*p[:2]) for p in points)]
-    axes = (f'<text x="30" y="12" text-anchor="end">{number(float(y1))}</text><text x="30" y="122" text-anchor="end">{number(float(y0))}</text>'
-            f'<text x="34" y="135">{number(x0)}</text><text x="274" y="135" text-anchor="end">{number(x1)}</text>')
+    axes = (f'<text x="40" y="12" text-anchor="end">{y1:.4g}</text><text x="40" y="122" text-anchor="end">{y0:.4g}</text>'
+            f'<text x="44" y="135">{x0:g}</text><text x="284" y="135" text-anchor="end">{x1:g}</text>')
     legend = "" if len(lines) == 1 else " · ".join(f'<span style="color:var(--{COLOURS[k % len(COLOURS)]})">{text(n)}</span>' for k, n in enumerate(lines))
-    return (f'<figure><svg viewBox="0 0 280 140" role="img" aria-label="{text(title)}">{"".join(parts)}{axes}</svg>'
+    return (f'<figure><svg viewBox="0 0 290 140" role="img" aria-label="{text(title)}">{"".join(parts)}{axes}</svg>'
             f"<figcaption>{text(title)} <span class=dim>{legend}</span></figcaption></figure>")
 
 

@@ -26,9 +26,9 @@ COMMANDS = (   # method, data, flags
                        "--lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
                        "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4"),
     ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 1e-2 --batch 1024 --dim 32 --epochs 12 --patience 12 "
-                     "--rank-users 100 --variants none,ones,agreement --lams 0.1 --recommenders deepfm,xdeepfm,autoint,dcn,dcnv2,din"),
+                     "--rank-users 100 --variants none,ones,agreement --lams 0.1 --recommenders deepfm,dcnv2,din,dcn,autoint"),
     ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
-                               "--recommenders deepfm,xdeepfm,autoint,dcn,dcnv2,din"),
+                               "--recommenders deepfm,dcnv2,din,dcn,autoint"),
     ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
                     "--variants 'no LLM,static,shared,mixture,codebook,full,judge all'"),
 )

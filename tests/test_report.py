@@ -46,7 +46,7 @@ def test_every_methods_page_holds_its_numbers_and_no_markup_of_others(tmp_path, 
     page = (folder / "report.html").read_text()
     parser = Strict()
     parser.feed(page)
-    assert "svg" in parser.tags and ">0.5<" in page and "<x>" not in page
+    assert "svg" in parser.tags and ">0.5000<" in page and "<x>" not in page
     if script in ("lcft", "curec", "coco"):
         assert "&lt;script&gt;" in page
     if script == "sllmr":
