@@ -11,7 +11,7 @@ history; what it says is fused into the state. Then a judge looks where this mad
 
 EQUATIONS (u a user, x_u the text of the history, h_u the behavioural state, s(u, i) the logit of an item)
   [1] state       h_u = W [e_u; mean of e_j over the past]                                       -> CoCo.state
-  [2] code        z_u = LayerNorm(W_q h_u), k = argmin |z_u - c_k|^2, value c_k, gradient to both:
+  [2] code        z_u = BatchNorm(W_q h_u), k = argmin |z_u - c_k|^2, value c_k, gradient to both:
                   c + (z - sg z)                                                                 -> Codebook
   [3] prompt      P_u = reshape(W_p c) + words, O_u = LLM([P_u; x_u])                            -> CoCo.prompt, CoCo.read
   [4] extraction  MLP(mean softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3)                        -> Extract
@@ -34,6 +34,7 @@ CHECKED BY, in tests/
 
 DEVIATIONS AND CHOICES. The paper's text is not public beyond abstract and summaries: the formulas above are ours wherever these
 are silent, which is nearly everywhere (K, prompt length, losses' weights, recommender, metric, data).
+  - z is standardised over users: states are alike, and without it all codes are nearly the same prompt.
   - The usual straight-through z + sg(c - z) gives the codes no gradient of the task: prompts would move by k-means only. [2]
     gives it to both sides; --vq ste and ema are the usual forms, to compare.
   - <k_u, W_t t_i> in [5], t_i the LLM's vector of the item's text: knowledge about a user is of no use to a model whose items
@@ -360,7 +361,7 @@ class CoCo(nn.Module):
         self.register_buffer("group", torch.as_tensor(group.astype(np.int64)), persistent=False)
         self.m = self.words.shape[1]
         if self.soft:
-            self.to_query = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D, elementwise_affine=False))   # one size, whatever h grows to
+            self.to_query = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, affine=False))   # users apart, however alike their h
             self.to_prompt = nn.Linear(D, self.m * W)
             self.scale = float(self.words.std())                                              # the size of a word's embedding
             books = 1 if args.prompt == "shared" else args.levels
@@ -450,7 +451,8 @@ def loss_of(args, model, texts, known, terms):
 
 def judged_loss(args, model, texts, known, judged):
     """[9] on texts (T,): those in judged (T,) are read now, of the others known (T, D) is taken as it is."""
-    model.books.eval()                                           # the codes stay
+    for module in (model.books, *([model.to_query] if model.soft else ())):                   # the codes stay
+        module.eval()
     known = known.clone()
     if judged.any():
         known[judged] = model.read(texts[judged], model.prompt(texts[judged])[0].detach())
@@ -701,7 +703,8 @@ def train_prompts(args, run, model):
                 known[mask] = model.read(texts[mask], prompt[mask])
         loss, parts = loss_of(args, model, texts, known, terms)
         return loss, parts | extra
-    batches = lambda rng: torch.as_tensor(rng.permutation(rows.train_texts), device=rows.device).split(args.batch)
+    many = -(-len(rows.train_texts) // args.batch)
+    batches = lambda rng: torch.as_tensor(rng.permutation(rows.train_texts), device=rows.device).tensor_split(many)
     return epochs(args, run, model, "collaborate", args.epochs, batches, step, adam(args, model, args.joint),
                   lambda: judge_rows(model, rows.valid, fresh(model, rows.valid))["overall"], adapter=args.joint)
 

@@ -32,7 +32,7 @@ class AttentionUnit(nn.Module):
             both = k[:, None] @ (q[:, :, None] * wp).transpose(2, 3)           # (B, C, L, H)
             return both.add_(of_q[:, :, None]).add_(of_k[:, None]).relu_() @ self.second.weight[0] + self.second.bias
         if q.shape[1] < self.hidden:                                           # the same in blocks that stay in the cache
-            C, size = q.shape[1], max(1, 2**16 // (q.shape[1] * L * max(D, self.hidden)))
+            C, size = q.shape[1], max(1, 2**17 // (q.shape[1] * L * max(D, self.hidden)))
             out, wp = q.new_empty(B, C, L), wp.T.contiguous()
             product, hidden = q.new_empty(size, C, L, D), q.new_empty(size * C * L, self.hidden)
             for s in range(0, B, size):
@@ -152,7 +152,7 @@ class CTR(nn.Module):
                                }.get(kind, lambda: (None, 0))()
         sizes = [width + extra, *hidden]
         self.mlp = nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:])
-                                   for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))])
+                                   for layer in (nn.Linear(a, b), nn.ReLU(inplace=True), nn.Dropout(dropout))])
         self.out = nn.Linear(hidden[-1] + crossed, 1)
 
     def fields(self, users, items, history, state=None):
