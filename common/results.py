@@ -30,7 +30,7 @@ COMMANDS = (   # method, data, flags
     ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
                                "--recommenders deepfm,dcnv2,din,dcn,autoint"),
     ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
-                    "--variants 'no LLM,static,shared,mixture,codebook,full,judge all'"),
+                    "--variants 'no LLM,static,shared,codebook,full,judge all'"),
 )
 
 

@@ -348,7 +348,7 @@ def test_every_llm_loss_moves_the_model_towards_the_llm(tmp_path, how):
         model.eval()
         s, known = sllmr.logits_of(model, scored, torch.arange(len(scored.users))), scored.known
         if "--llm-loss" in how:                                   # they follow the scores, the pair loss their order
-            return -float((torch.sigmoid(s) - scored.scores)[known].abs().mean())
+            return -float((torch.sigmoid(s.detach()) - scored.scores)[known].abs().mean())
         u, i, j = sllmr.pick_pairs(scored.scores, known, 10**6)
         return float((s[u, i] > s[u, j]).float().mean())
     assert near("with", "--lam", "10", *how) > near("without") + 0.05
