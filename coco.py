@@ -620,7 +620,7 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
     first, waited, spent = 0, 0, 0.0
     if (saved := run.begin(name)) is not None:
         tensors, earlier = saved
-        first, best, waited, steps, spent = (earlier[k] for k in ("epoch", "best", "waited", "steps", "seconds"))
+        first, best, waited, steps, spent, model.passes = (earlier[k] for k in ("epoch", "best", "waited", "steps", "seconds", "passes"))
         kept = strip(tensors, "best/")
         restore(strip(tensors, "now/"))
         run.load_optimizer(optimizer, tensors)
@@ -648,7 +648,7 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
         if value > best:
             best, waited, kept = value, 0, {k: v.clone() for k, v in now().items()}
         run.save(name, prefix("now/", now()) | prefix("best/", kept) | run.optimizer_tensors(optimizer),
-                 {"epoch": epoch + 1, "best": best, "waited": waited, "steps": steps, "seconds": spent})
+                 {"epoch": epoch + 1, "best": best, "waited": waited, "steps": steps, "seconds": spent, "passes": model.passes})
     restore(kept)
     return {"valid_auc": round(best, 4), "steps": steps}, spent
 
