@@ -74,7 +74,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, main, prefix, progress, pyplot, strip, write_table
+from common.run import Run, UserError, main, prefix, progress, pyplot, strip, summarise, write_table
 from common.sequences import Logs
 
 
@@ -182,12 +182,7 @@ class Rows:
             data = datasets.sample_users(data, args.users, args.seed)
         self.args, self.data, self.device, self.logs = args, data, device, Logs(data, args.prompt_history)
         logs = self.logs
-        if not len(logs.judged) or logs.n_train.max() < 2:
-            raise UserError(f"--data {args.data}: no user has the 4 choices that training, validation and test need")
-        targets = np.maximum(logs.n_train - 1, 0)
-        users, place = np.repeat(np.arange(len(targets)), targets), np.concatenate([np.arange(1, k + 1) for k in targets])
-        held, last = logs.judged, logs.n_train[logs.judged]
-        asked = [(users, place), (held, last), (held, last + 1)]
+        asked = logs.targets(args.data)
         stands = [(u, p - (p - 1) % args.text_every) for u, p in asked]                       # a text stands for the next few
         pairs, number = np.unique(np.concatenate([np.stack(s) for s in stands], 1), axis=1, return_inverse=True)
         self.text_user, self.text_place = (torch.as_tensor(x.astype(np.int64), device=device) for x in pairs)
@@ -398,6 +393,12 @@ class CoCo(nn.Module):
                 value, index, terms, left = value + c, index * len(book.codes) + chosen, terms + term, left - c.detach()
         return self.words[0] + self.scale * self.to_prompt(value).view(len(texts), self.m, -1), index, terms
 
+    @torch.no_grad()
+    def codes(self, texts):
+        """The codes of texts (T,) -> (T,), as the model stands. The LLM is not asked."""
+        self.eval()
+        return torch.cat([self.prompt(part)[1] for part in texts.split(1024)])
+
     def tokens(self, text):
         """What the LLM reads: slots for the prompt, then the user's last titles."""
         u, place = int(self.rows.text_user[text]), int(self.rows.text_place[text])
@@ -474,15 +475,10 @@ def align_loss(known, h, mask, tau=0.1):
 # 7 ---------------------------------------------------------------------------------------------------- judge
 @torch.no_grad()
 def knowledge(model, texts, desc=None, batch=64):
-    """What the LLM knows of texts (T,) -> ((T, D), codes (T,)), dropout off."""
+    """What the LLM knows of texts (T,) -> (T, D), dropout off."""
     model.eval()
-    found, codes = [], []
     parts = torch.as_tensor(texts, device=model.rows.device).split(batch)
-    for part in progress(parts, desc, len(parts)):
-        prompt, index, _ = model.prompt(part)
-        found.append(model.read(part, prompt))
-        codes.append(index)
-    return torch.cat(found), torch.cat(codes)
+    return torch.cat([model.read(part, model.prompt(part)[0]) for part in progress(parts, desc, len(parts))])
 
 
 @torch.no_grad()
@@ -553,10 +549,8 @@ def judge_ranking(model, known=None):
     for part in progress(torch.as_tensor(pick, device=rows.device).split(8), "full ranking", -(-len(pick) // 8)):
         table = rows.test[:, part]
         s = model.score(torch.cat([table[:3], every[:, None].expand(n, len(part))]), None if known is None else known[part])
-        seen = np.zeros(s.shape, dtype=bool)
-        for row, u in enumerate(table[0].tolist()):
-            seen[row, logs.sequence(u)[:-1]] = True
-        ranks.append(metrics.ranks_of(s.cpu().numpy(), table[3].cpu().numpy(), seen))
+        users, place, _, target = table[:4].cpu().numpy()
+        ranks.append(metrics.ranks_of(s.cpu().numpy(), target, logs.had(users, place)))
     return metrics.ranking_report(np.concatenate(ranks))
 
 
@@ -590,14 +584,13 @@ class Store:
     @torch.no_grad()
     def get(self, texts, desc=None):
         """Texts (T,) -> ((T, D), codes (T,)): looked up, and read by the LLM where not there yet."""
-        self.model.eval()
-        codes = torch.cat([self.model.prompt(part)[1] for part in texts.split(1024)])
+        codes = self.model.codes(texts)
         keys = [hashlib.sha256(repr((self.model.tokens(t), k)).encode()).hexdigest()[:32] for t, k in zip(texts.tolist(), codes.tolist())]
         if self.model.args.prompt == "mixture":                  # no code: the vector is the user's own
             keys = [f"{key}/{t}" for key, t in zip(keys, texts.tolist())]
         new = {key: t for key, t in zip(keys, texts.tolist()) if key not in self.keys}
         if new:
-            self.vectors = torch.cat([self.vectors, knowledge(self.model, list(new.values()), desc)[0].cpu()])
+            self.vectors = torch.cat([self.vectors, knowledge(self.model, list(new.values()), desc).cpu()])
             for key in new:
                 self.keys[key] = len(self.keys)
             self.run.save("knowledge", {"vectors": self.vectors}, {"keys": list(self.keys)})
@@ -653,16 +646,17 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
     return {"valid_auc": round(best, 4), "steps": steps}, spent
 
 
-@torch.no_grad()
 def valid_usage(model):
     """Usage and perplexity of the codebook over the training texts."""
     if model.args.prompt != "codebook":
         return {}
-    model.eval()
-    texts = torch.as_tensor(model.rows.train_texts, device=model.rows.device)
-    codes = torch.cat([model.prompt(part)[1] for part in texts.split(1024)]) // model.args.codes ** (model.args.levels - 1)
-    share, perplexity = usage(codes, model.args.codes)
+    share, perplexity = usage(first_level(model, torch.as_tensor(model.rows.train_texts, device=model.rows.device)), model.args.codes)
     return {"code_usage": share, "perplexity": perplexity}
+
+
+def first_level(model, texts):
+    """Codes of texts (T,) in the first codebook -> (T,)."""
+    return model.codes(texts) // model.args.codes ** (model.args.levels - 1)
 
 
 def adam(args, model, adapter=False, lr=None):
@@ -706,13 +700,13 @@ def train_prompts(args, run, model):
     many = -(-len(rows.train_texts) // args.batch)
     batches = lambda rng: torch.as_tensor(rng.permutation(rows.train_texts), device=rows.device).tensor_split(many)
     return epochs(args, run, model, "collaborate", args.epochs, batches, step, adam(args, model, args.joint),
-                  lambda: judge_rows(model, rows.valid, fresh(model, rows.valid))["overall"], adapter=args.joint)
+                  lambda: valid_auc(model), adapter=args.joint)
 
 
-def fresh(model, table):
-    """What the LLM knows now for the rows of a table, (n, D)."""
-    texts, row = torch.unique(table[2], return_inverse=True)
-    return knowledge(model, texts)[0][row]
+def valid_auc(model):
+    """With what the LLM knows now."""
+    texts, row = torch.unique(model.rows.valid[2], return_inverse=True)
+    return judge_rows(model, model.rows.valid, knowledge(model, texts)[row])["overall"]
 
 
 def eliminate(args, run, model, known, mask):
@@ -731,7 +725,7 @@ def eliminate(args, run, model, known, mask):
 
     step = lambda pick: judged_loss(args, model, texts[pick], known[pick], mask[pick])
     return epochs(args, run, model, "eliminate", args.eliminate_epochs, batches, step, adam(args, model, True, args.eliminate_lr),
-                  lambda: judge_rows(model, rows.valid, fresh(model, rows.valid))["overall"], adapter=True)
+                  lambda: valid_auc(model), adapter=True)
 
 
 def train(args, shared=None):
@@ -765,13 +759,14 @@ def train(args, shared=None):
     if args.prompt != "none":
         if not run.done("collaborate"):
             run.finish("collaborate", train_prompts(args, run, model)[0] | {"passes": model.passes})
-        model.load_state_dict(strip(take("collaborate"), "model/"))
+        best = take("collaborate")
+        model.load_state_dict(strip(best, "model/"))
         if args.joint:
-            lora.load_state(model.llm, strip(take("collaborate"), "lora/"))
+            lora.load_state(model.llm, strip(best, "lora/"))
         result["collaborate"] = run.done("collaborate")
         if args.judge != "off" and not args.joint:
             texts = torch.as_tensor(rows.train_texts, device=device)
-            before, _ = knowledge(model, texts, "reading all texts")
+            before = knowledge(model, texts, "reading all texts")
             mask = contradicted(args, model, texts, before)
             users = np.zeros(len(rows.data.users), dtype=bool)
             users[rows.text_user[texts[mask]].cpu().numpy()] = True
@@ -785,9 +780,10 @@ def train(args, shared=None):
                     run.finish("eliminate", record)
                 else:
                     run.finish("eliminate", {"steps": 0})
-            if run.load("eliminate"):
-                model.load_state_dict(strip(take("eliminate"), "model/"))
-                lora.load_state(model.llm, strip(take("eliminate"), "lora/"))
+            if mask.any():
+                best = take("eliminate")
+                model.load_state_dict(strip(best, "model/"))
+                lora.load_state(model.llm, strip(best, "lora/"))
             result["eliminate"] = run.done("eliminate")
         if args.joint or args.judge != "off":
             lora.save(model.llm, run.folder / "adapter", args.backbone)
@@ -807,8 +803,7 @@ def train(args, shared=None):
 @torch.no_grad()
 def describe(run, model):
     """codes.jsonl, and map.png of the users' states by code. -> usage of the codes over all texts."""
-    every = torch.arange(len(model.rows.text_user), device=model.rows.device)
-    codes = torch.cat([model.prompt(part)[1] for part in every.split(1024)]) // model.args.codes ** (model.args.levels - 1)
+    codes = first_level(model, torch.arange(len(model.rows.text_user), device=model.rows.device))
     lines, z = codes_view(model, codes)
     run.write_jsonl("codes", lines)
     if (plt := pyplot()) is not None:
@@ -876,15 +871,7 @@ def ablations(args):
         "NDCG@10": lambda r: r["ranking"]["ndcg@10"], "codes used": lambda r: r["codes"]["usage"], "perplexity": lambda r: r["codes"]["perplexity"],
         "precision": lambda r: r["judged"]["precision"], "recall": lambda r: r["judged"]["recall"], "LoRA steps": lambda r: r["eliminate"]["steps"]}
     print(f"\ntest, mean ± std over {len(found[names[0]])} seeds\n{'':14}" + "".join(f"{c:>18}" for c in columns))
-    table = {}
-    for name, runs in found.items():
-        table[name] = {}
-        for column, value in columns.items():
-            try:
-                table[name][column] = metrics.summary([value(r) for r in runs])
-            except KeyError:                                              # this variant has no such phase
-                continue
-        print(f"{name:14}" + "".join(metrics.shown(table[name].get(c)) for c in columns))
+    table = summarise(found, columns, width=14)
     plot(found, root / "pilot.png")
     return write_table(root, args, table)
 

@@ -61,7 +61,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit
-from common.run import Run, UserError, main, prefix, progress, strip, write_table
+from common.run import Run, UserError, main, prefix, progress, strip, summarise, write_table
 from common.sequences import Logs, bayes, popularity
 
 
@@ -546,10 +546,7 @@ def rank_all(args, model, logs, texts, which, limit=None, ranks_only=False):
         u, p = users[part], target[part]
         history = logs.histories(u, p, args.max_history).to(device)
         scores = model.score_catalogue(torch.as_tensor(u, device=device), history, texts, tables).cpu().numpy()
-        seen = np.zeros(scores.shape, dtype=bool)
-        for row, (x, y) in enumerate(zip(u, p)):
-            seen[row, logs.sequence(x)[:y]] = True
-        ranks.append(metrics.ranks_of(scores, logs.item_at(u, p), seen))
+        ranks.append(metrics.ranks_of(scores, logs.item_at(u, p), logs.had(u, p)))
     ranks = np.concatenate(ranks)
     if ranks_only:
         return ranks
@@ -1128,16 +1125,7 @@ def ablations(args):
           f"the LLM\n{'':18}" + "".join(f"{name:>18}" for name in columns))
     table |= {name: [{"test": r[key]} for r in full] for name, key in (("popularity", "popularity"),
               ("Bayes-optimal", "bayes_optimal")) if key in full[0]}
-    rows = {}
-    for name, results in table.items():
-        rows[name] = {}
-        for column, value in columns.items():
-            try:
-                rows[name][column] = metrics.summary([value(r) for r in results], digits=4)
-            except KeyError:                                              # this variant has no such phase
-                continue
-        print(f"{name:18}" + "".join(metrics.shown(rows[name].get(c)) for c in columns))
-    return write_table(root, args, rows)
+    return write_table(root, args, summarise(table, columns, width=18, digits=4))
 
 
 if __name__ == "__main__":

@@ -182,9 +182,8 @@ class Rows:
         if args.cold_users:
             data = starve(data, args.cold_users, args.seed)
         self.args, self.data, self.device, self.logs = args, data, device, Logs(data, args.prompt_history)
-        if not len(self.logs.judged) or self.logs.n_train.max() < 2:
-            raise UserError(f"--data {args.data}: no user has the 4 choices that training, validation and test need")
         logs, n = self.logs, len(data.items)
+        asked = logs.targets(args.data)
         targets = np.maximum(logs.n_train - 1, 0)
         count = logs.item_counts()
         self.cold = targets <= args.cold                                                      # (n_users,)
@@ -195,12 +194,8 @@ class Rows:
         self.categories = np.zeros((n + 1, max(1, *(len(c[:8]) for c in data.categories))), dtype=np.int64)
         for i, names in enumerate(data.categories, 1):
             self.categories[i, :len(names[:8])] = [number[name] for name in names[:8]]
-        users = np.repeat(np.arange(len(targets)), targets)
-        place = np.concatenate([np.arange(1, k + 1) for k in targets])
-        self.train = self.table(users, place, cuda.key_seed(args.seed, "train negatives") % 2**31)
-        held = logs.judged
-        self.valid = self.table(held, logs.n_train[held], cuda.key_seed(args.seed, "valid negatives") % 2**31)
-        self.test = self.table(held, logs.n_train[held] + 1, cuda.key_seed(args.seed, "test negatives") % 2**31)
+        self.train, self.valid, self.test = (self.table(*pairs, cuda.key_seed(args.seed, f"{name} negatives") % 2**31)
+                                             for name, pairs in zip(("train", "valid", "test"), asked))
 
     def table(self, users, place, seed):
         """(4, n) user, place, target, negative: each column stands for two rows."""
@@ -606,23 +601,15 @@ def regulariser(args, model, scored, pick):
 
 @torch.no_grad()
 def gate_view(args, model, scored):
-    """alpha of every scored pair, as the model stands: (alpha, cold, tail), each (n,)."""
+    """alpha of every scored pair, as the model stands: (alpha, cold, tail), each (n,), in the order of scored.known."""
     model.eval()
-    parts = []
-    for pick in torch.arange(len(scored.users), device=scored.users.device).split(64):
-        alpha = alphas(args, model, scored, pick, logits_of(model, scored, pick))
-        parts.append(torch.stack([x[scored.known[pick]].float() for x in (alpha, scored.cold[pick], scored.tail[pick])]))
-    return torch.cat(parts, 1).cpu().numpy()
+    alpha = [alphas(args, model, scored, pick, logits_of(model, scored, pick))[scored.known[pick]]
+             for pick in torch.arange(len(scored.users), device=scored.users.device).split(64)]
+    return tuple(x.cpu().numpy() for x in (torch.cat(alpha), scored.cold[scored.known], scored.tail[scored.known]))
 
 
-@torch.no_grad()
-def gate_map(args, rows, model, scored, bins=5):
-    """Mean alpha by length of the user's history and popularity of the item, in bins of equally many scored pairs."""
-    model.eval()
-    alpha = []
-    for pick in torch.arange(len(scored.users), device=rows.device).split(64):
-        alpha.append(alphas(args, model, scored, pick, logits_of(model, scored, pick))[scored.known[pick]])
-    alpha = torch.cat(alpha).cpu().numpy()
+def gate_map(rows, scored, alpha, bins=5):
+    """Mean alpha (n,) by length of the user's history and popularity of the item, in bins of equally many scored pairs."""
     length = rows.logs.n_train[scored.users.cpu().numpy()][:, None].repeat(scored.known.shape[1], 1)[scored.known.cpu().numpy()]
     count = rows.logs.item_counts()[scored.items.cpu().numpy()][scored.known.cpu().numpy()]
     edges = [np.unique(np.quantile(x, np.linspace(0, 1, bins + 1)).astype(int)) for x in (length, count)]
@@ -706,9 +693,7 @@ def judge_ranking(model, rows):
     every, ranks, rivals = torch.arange(n, device=rows.device)[None], [], []
     for u in progress(users, "full ranking", len(users)):
         s = model(*torch.tensor([[u], [logs.n_train[u] + 1]], device=rows.device), every).cpu().numpy()
-        seen = np.zeros((1, n), dtype=bool)
-        seen[0, logs.sequence(u)[:-1]] = True
-        target = logs.sequence(u)[-1]
+        target, seen = logs.sequence(u)[-1], logs.had([u], [-1])
         seen[0, target] = False
         ranks.append(metrics.ranks_of(s, np.array([target]), seen)[0])
         rivals.append(n - 1 - int(seen.sum()))
@@ -753,10 +738,10 @@ def train(args, shared=None):
               "lam": args.lam, "seed": args.seed, "train": run.done("train"), "valid": judge_rows(model, rows, rows.valid),
               "test": judge_rows(model, rows, rows.test), "ranking": judge_ranking(model, rows)}
     if scored is not None and args.llm_loss == "pairwise" and args.gate != "ones":
-        result["gate_map"] = gate_map(args, rows, model, scored)
+        alpha, cold, tail = gate_view(args, model, scored)
+        result["gate_map"] = gate_map(rows, scored, alpha)
         result["gate_is"] = {name: round(x, 4) for name, x in zip(("cold", "tail", "unsure", "b"), (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item()))}
         if scorer(args, rows) == "oracle":                       # does the gate find where the LLM is right?
-            alpha, cold, tail = gate_view(args, model, scored)
             truth = reliable(args, cold, tail)
             result["gate_auc"] = round(metrics.auc(truth > truth.mean(), alpha), 4)
     run.finish("result", result)

@@ -156,6 +156,22 @@ def write_atomically(path, text):
     os.replace(beside, path)
 
 
+def summarise(found, columns, width, digits=6):
+    """{name: list over seeds of RESULT records}, {column: record -> number} -> {name: {column: summary}}, printed row by row.
+    A record that lacks a column (KeyError: its variant has no such phase) has an empty cell."""
+    from common import metrics
+    rows = {}
+    for name, records in found.items():
+        rows[name] = {}
+        for column, value in columns.items():
+            try:
+                rows[name][column] = metrics.summary([value(r) for r in records], digits)
+            except KeyError:
+                continue
+        print(f"{name:{width}}" + "".join(metrics.shown(rows[name].get(c)) for c in columns))
+    return rows
+
+
 def write_table(root, args, rows):
     """The end of an ablation: table.json and report.html in its folder, RESULT {json} on standard output. rows: {name:
     {column: summary}}. Returns them."""

@@ -6,6 +6,7 @@ import torch
 
 from common import metrics
 from common.prompts import item_line
+from common.run import UserError
 
 
 class Logs:
@@ -35,6 +36,22 @@ class Logs:
     def history(self, u, before):
         """The last titles of user u before position `before`, as prompt lines: nothing at or after it is read."""
         return [self.lines[i] for i in self.sequence(u)[max(0, before - self.history_length):before]]
+
+    def had(self, users, before):
+        """(B, n_items) bool: what each of users (B,) chose before position `before` (B,)."""
+        mask = np.zeros((len(users), len(self.data.items)), dtype=bool)
+        for row, (u, end) in enumerate(zip(users, before)):
+            mask[row, self.sequence(u)[:end]] = True
+        return mask
+
+    def targets(self, name):
+        """Choices to be predicted from at least one earlier one: (users, positions) of train, valid and test. UserError,
+        naming the data, where a user's four choices are missing."""
+        if not len(self.judged) or self.n_train.max() < 2:
+            raise UserError(f"--data {name}: no user has the 4 choices that training, validation and test need")
+        many, last = np.maximum(self.n_train - 1, 0), self.n_train[self.judged]
+        users, positions = np.repeat(np.arange(len(many)), many), np.concatenate([np.arange(1, k + 1) for k in many])
+        return (users, positions), (self.judged, last), (self.judged, last + 1)
 
     def train_events(self):
         """(users, positions) of all training interactions in time order, ties by user: stable and total."""
@@ -81,10 +98,9 @@ def popularity(logs):
     """The baseline that knows nobody: items by how often they were chosen in training."""
     count = logs.item_counts().astype(float)
     ranks = []
-    for u in logs.judged:
-        seen = np.zeros((1, len(count)), dtype=bool)
-        seen[0, logs.sequence(u)[:logs.n_train[u] + 1]] = True
-        ranks.append(metrics.ranks_of(count[None], logs.item_at(np.array([u]), logs.n_train[[u]] + 1), seen)[0])
+    for u in logs.judged[:, None]:                               # one by one: users times items may not fit into memory
+        end = logs.n_train[u] + 1
+        ranks.append(metrics.ranks_of(count[None], logs.item_at(u, end), logs.had(u, end))[0])
     return metrics.ranking_report(np.array(ranks))
 
 
@@ -94,7 +110,4 @@ def bayes(logs):
     raw = np.array([int(logs.data.users[u][1:]) for u in users])
     length = np.diff(logs.bounds)[users]
     scores = world.p_next(raw, length - 1, length)[:, [int(i[1:]) for i in logs.data.items]]
-    seen = np.zeros(scores.shape, dtype=bool)
-    for row, u in enumerate(users):
-        seen[row, logs.sequence(u)[:-1]] = True
-    return metrics.ranking_report(metrics.ranks_of(scores, logs.item_at(users, length - 1), seen))
+    return metrics.ranking_report(metrics.ranks_of(scores, logs.item_at(users, length - 1), logs.had(users, length - 1)))

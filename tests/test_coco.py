@@ -105,7 +105,7 @@ def test_no_text_holds_what_it_is_to_predict_and_every_row_finds_its_own():
     for table in (rows.train, rows.valid, rows.test):
         u, place, text = table[:3]
         assert torch.equal(rows.text_user[text], u)
-        assert (rows.text_place[text] <= place - 0).all() and (place - rows.text_place[text] < 5).all() and (rows.text_place[text] >= 1).all()
+        assert (rows.text_place[text] <= place).all() and (place - rows.text_place[text] < 5).all() and (rows.text_place[text] >= 1).all()
     had = {(int(u), int(i)) for u, i in zip(rows.data.user, rows.data.item)}
     for u, _, _, target, *negatives in rows.test.T.tolist():
         assert (u, target) in had and not any((u, i) in had for i in negatives)
@@ -160,8 +160,8 @@ def test_what_is_read_does_not_depend_on_who_else_is_in_the_batch():
     texts = torch.as_tensor(rows.train_texts[:8])
     with torch.no_grad():
         model.books[0].start(torch.randn(20, 8))
-        together, _ = coco.knowledge(model, texts)
-        alone = torch.cat([coco.knowledge(model, texts[k:k + 1])[0] for k in range(8)])
+        together = coco.knowledge(model, texts)
+        alone = torch.cat([coco.knowledge(model, texts[k:k + 1]) for k in range(8)])
     assert torch.allclose(together, alone, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
 
@@ -223,7 +223,7 @@ def test_a_text_that_is_not_judged_gives_the_llm_exactly_no_gradient_and_the_rec
     for p in lora.parameters(model.llm):
         p.data.normal_(std=0.1)
     texts = torch.as_tensor(rows.train_texts[:6])
-    known = coco.knowledge(model, texts)[0]
+    known = coco.knowledge(model, texts)
 
     def gradients(part, judged):
         for p in [*model.parameters(), *lora.parameters(model.llm)]:
@@ -255,7 +255,7 @@ def test_what_was_read_once_is_never_read_again(tmp_path):
     first, codes = store.get(texts)
     distinct = {(tuple(model.tokens(t)), k) for t, k in zip(texts.tolist(), codes.tolist())}
     assert model.passes == len(distinct) <= len(texts.unique()) * a.codes
-    assert torch.allclose(first, coco.knowledge(model, texts)[0], atol=1e-5)
+    assert torch.allclose(first, coco.knowledge(model, texts), atol=1e-5)
     passes = model.passes
     again = coco.Store(run, model)
     assert torch.equal(again.get(texts)[0], first) and model.passes == passes
