@@ -137,11 +137,7 @@ class Args:
     def check(self):
         if len(self.answers) != 2:
             raise ValueError("--answers takes two words: YES,NO")
-        for name, _, value in (v.partition(":") for v in self.variants):
-            if name not in VARIANTS or value and not value.replace(".", "", 1).replace("e-", "", 1).isdigit():
-                raise ValueError(f"--variants {name}: NAME or NAME:VALUE, NAME among {', '.join(VARIANTS)}")
-        if self.variants and "off" not in self.variants:
-            raise ValueError("--variants needs off among them: the others are measured against it")
+        chosen_variants(self.variants)
         if self.flip not in FLIPS:
             raise ValueError(f"--flip {self.flip}: one of {', '.join(FLIPS)}")
         if self.shots % 2 or self.shots < 0:
@@ -649,6 +645,22 @@ VARIANTS = {   # name: (what changes, the flag that is swept, its values; the va
 COLUMNS = {"AUC": "auc", "contradiction": "contradiction", "soft inc.": "soft_inconsistency", "joint acc.": "joint_accuracy", "ECE": "ece"}
 
 
+def chosen_variants(variants):
+    """--variants NAME or NAME:VALUE (none: all of VARIANTS) -> {name: list of values}. Raises ValueError."""
+    found = {}
+    for name, _, value in (v.partition(":") for v in variants or VARIANTS):
+        try:
+            values = [float(value)] if value else VARIANTS[name][2]
+        except (KeyError, ValueError):
+            values = [-1]
+        if name not in VARIANTS or not 0 <= values[0] < float("inf") or value and name == "off":
+            raise ValueError(f"--variants {name}{value and ':' + value}: NAME or NAME:VALUE, NAME among {', '.join(VARIANTS)}; off has no value")
+        found.setdefault(name, []).extend(values)
+    if "off" not in found:
+        raise ValueError("--variants needs off among them: the others are measured against it")
+    return found
+
+
 def choose(reports, floor):
     """The swept value with the fewest contradictions on validation among those whose AUC is at least `floor`, else the
     one with the best AUC. reports: {value: list over seeds of RESULT records}."""
@@ -661,9 +673,7 @@ def ablations(args):
     """Every objective, swept value and seed, one run folder each; one table on test, the sweep on validation, and (with
     matplotlib) ece.png: calibration error against λ. --resume goes on where it stopped."""
     root = Path(args.run or f"runs/lcft-ablations-{Path(args.data).name}-{Path(args.backbone).name}")
-    found = {}
-    for name, _, value in (v.partition(":") for v in args.variants or VARIANTS):
-        found.setdefault(name, {}).update({v: [] for v in ((float(value),) if value else VARIANTS[name][2])})
+    found = {name: {value: [] for value in values} for name, values in chosen_variants(args.variants).items()}
     for seed in args.seeds or (args.seed,):
         for name in found:
             change, flag, _ = VARIANTS[name]

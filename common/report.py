@@ -16,6 +16,9 @@ import re
 import sys
 from pathlib import Path
 
+from common.metrics import mean_std
+from common.run import write_atomically
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --a: #2563eb; --b: #d97706; --c: #059669; --d: #be185d; --e: #7c3aed; --f: #64748b; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 64rem; padding: 1rem; }
@@ -184,7 +187,6 @@ def of_run(folder):
 
 def compare(folders):
     """The HTML of several runs: seeds of one setting (folders NAME-sSEED or sSEED/NAME) are one row, mean ± std, and one band."""
-    from common.metrics import mean_std
     groups, root = {}, Path(os.path.commonpath([Path(f).parent for f in folders]))
     for folder in map(Path, folders):
         name = "/".join(re.sub(r"-s\d+$", "", part) for part in folder.relative_to(root).parts if not re.fullmatch(r"s\d+", part))
@@ -216,7 +218,6 @@ def compare(folders):
 
 def write(folders, out):
     """Write the page of one folder, or of several."""
-    from common.run import write_atomically
     write_atomically(out, of_run(folders[0]) if len(folders) == 1 else compare(folders))
 
 

@@ -26,6 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from common import metrics
+
 FORMAT = 1  # of checkpoints; raise it when an old run can no longer be resumed
 
 
@@ -159,7 +161,6 @@ def write_atomically(path, text):
 def summarise(found, columns, width, digits=6):
     """{name: list over seeds of RESULT records}, {column: record -> number} -> {name: {column: summary}}, printed row by row.
     A record that lacks a column (KeyError: its variant has no such phase) has an empty cell."""
-    from common import metrics
     rows = {}
     for name, records in found.items():
         rows[name] = {}

@@ -216,6 +216,40 @@ def test_losses_by_hand():
     assert float(coco.rec_loss(s, "bce")) == pytest.approx((np.log(4 / 3) + np.log(2)) / 2)
 
 
+@pytest.mark.parametrize("head", ["bce", "nce"])
+def test_steps_on_the_loss_make_both_branches_better(head):
+    a, rows, model = built("--head", head)
+    texts = torch.as_tensor(rows.train_texts[:20])
+    known = torch.randn(20, 8)
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(5):
+        loss, parts = coco.loss_of(a, model.eval(), texts, known, torch.zeros(()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append((parts["with_llm"], parts["without"]))
+    assert all(after < before for before, after in zip(seen[0], seen[-1]))
+
+
+def test_the_alignment_by_hand():
+    known, h = torch.tensor([[3.0, 0.0], [0.0, 5.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    judged = torch.tensor([True, True, False])
+    found = [float(coco.align_loss(known, states, judged, tau=0.5)) for states in (h, h[[1, 0, 2]])]
+    assert found == pytest.approx([np.log(1 + np.exp(-2)), np.log(1 + np.exp(2))])         # cosines 1 and 0: aligned is less
+    assert float(coco.align_loss(known, h, judged & False)) == 0.0
+
+
+def test_the_judge_of_confidence_is_that_of_the_loss_where_a_text_serves_one_choice():
+    flags = ("--head", "nce", "--no-match", "--margin", "0", "--judge-least", "1", "--judge-level", "text", "--text-every", "1")
+    a, rows, model = built(*flags)
+    texts = torch.as_tensor(rows.train_texts)
+    assert len(rows.of_texts(texts)[1]) == len(texts)
+    torch.manual_seed(0)
+    known = 30 * torch.randn(len(texts), 8)
+    by_loss = coco.contradicted(a, model, texts, known)
+    assert 0 < by_loss.sum() < len(texts) and torch.equal(by_loss, coco.contradicted(args(*flags, "--judge", "confidence"), model, texts, known))
+
+
 def test_a_text_that_is_not_judged_gives_the_llm_exactly_no_gradient_and_the_recommender_its_own():
     a, rows, model = built()
     model.eval()

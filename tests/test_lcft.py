@@ -353,7 +353,8 @@ def test_data_without_ratings_and_wrong_flags_are_one_line(tmp_path, capsys):
     (tmp_path / "interactions.csv").write_text("user,item\n" + "".join(f"a,i{k}\n" for k in range(40)))
     for flags, status, words in ((["--data", str(tmp_path)], 1, "no ratings"), (["--flip", "hate"], 2, "one of like, enjoy"),
                                  (["--shots", "7"], 2, "even"), (["--kl", "none"], 2, "invalid choice"), (["--lam-ramp", "2"], 2, "--lam-ramp"),
-                                 (["--variants", "off,hinge:x"], 2, "NAME:VALUE"), (["--variants", "hinge"], 2, "needs off")):
+                                 (["--variants", "off,hinge:x"], 2, "NAME:VALUE"), (["--variants", "off,hinge:-1"], 2, "hinge:-1"),
+                                 (["--variants", "off:2"], 2, "off has no value"), (["--variants", "off,hedge:1"], 2, "hedge:1"), (["--variants", "hinge"], 2, "needs off")):
         with pytest.raises(SystemExit) as stop:
             lcft.main(lcft.Args, lcft.train, lcft.__doc__, flags)
         assert stop.value.code == status and words in capsys.readouterr().err

@@ -7,16 +7,17 @@ Alternating runs; the ratio is that of the medians. The vectors are looked up, a
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(HERE))
 
 import torch
 
 import coco
+from timing import alternate
 
 
 def main():
@@ -31,19 +32,11 @@ def main():
     table = torch.cat([part[:3], torch.arange(n)[:, None].expand(n, part.shape[1])])
     store = torch.randn(1000, model.args.dim)
     index = torch.randint(1000, (part.shape[1],))
-    sides = {"with": lambda: model.score(table, store[index]), "without": lambda: model.score(table)}
-    times = {name: [] for name in sides}
+    sides = {"with": lambda k: model.score(table, store[index]), "without": lambda k: model.score(table)}
     with torch.no_grad():
-        for k in range(args.runs + 1):
-            for name, run in sides.items():
-                start = time.perf_counter()
-                assert run().shape == (part.shape[1], n)
-                if k:
-                    times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    record = vars(args) | {"items": n} | {f"{name}_s": round(t, 4) for name, t in median.items()}
-    record |= {f"{name}_spread_s": [round(min(t), 4), round(max(t), 4)] for name, t in times.items()}
-    print(json.dumps(record | {"ratio": round(median["with"] / median["without"], 2)}))
+        median, record, scores = alternate(sides, args.runs)
+    assert all(s.shape == (part.shape[1], n) for side in scores.values() for s in side)
+    print(json.dumps(vars(args) | {"items": n} | record | {"ratio": round(median["with"] / median["without"], 2)}))
 
 
 if __name__ == "__main__":

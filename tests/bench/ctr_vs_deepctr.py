@@ -11,18 +11,19 @@ import argparse
 import contextlib
 import io
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(HERE))
 
 import numpy as np
 import torch
 
 import sllmr
 from common.recommenders import CTR
+from timing import alternate
 
 N_USERS, N_ITEMS, HIDDEN = 5000, 3000, (200, 80)
 
@@ -33,7 +34,7 @@ def ours(args, users, items, history, label):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     users, items, history = torch.as_tensor(users[::2]), torch.as_tensor(items.reshape(-1, 2)), torch.as_tensor(history[::2])
 
-    def fit():
+    def fit(k):
         model.train()
         for part in torch.randperm(len(users)).split(args.batch // 2):
             s = model(users[part], items[part], history[part])
@@ -43,7 +44,7 @@ def ours(args, users, items, history, label):
             optimizer.step()
 
     @torch.no_grad()
-    def predict():
+    def predict(k):
         model.eval()
         return torch.cat([model(users[k:k + 512], items[k:k + 512], history[k:k + 512]) for k in range(0, len(users), 512)])
     return predict if args.infer else fit
@@ -63,7 +64,7 @@ def theirs(args, users, items, history, label):
     model.compile("adam", "binary_crossentropy")
     x = {"user": users, "item": items, "hist_item": history, "length": (history > 0).sum(1)}
 
-    def run():
+    def run(k):
         with contextlib.redirect_stdout(io.StringIO()):
             model.predict(x, args.batch) if args.infer else model.fit(x, label, batch_size=args.batch, epochs=1, verbose=0)
     return run
@@ -83,16 +84,9 @@ def main():
     history = np.repeat(np.where(np.arange(args.history) < rng.integers(1, args.history + 1, (pairs, 1)), rng.integers(1, N_ITEMS + 1, (pairs, args.history)), 0), 2, 0)
     items, label = rng.integers(1, N_ITEMS + 1, args.rows), np.tile([1.0, 0.0], pairs)
     sides = {"ours": ours(args, users, items, history, label), "deepctr": theirs(args, users, items, history, label)}
-    times = {name: [] for name in sides}
-    for k in range(args.runs + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if k:
-                times[name].append(time.perf_counter() - start)
-    record = vars(args) | {f"{name}_rows_per_s": round(args.rows / statistics.median(t)) for name, t in times.items()}
-    record |= {f"{name}_spread_s": [round(min(t), 3), round(max(t), 3)] for name, t in times.items()}
-    print(json.dumps(record | {"ratio": round(statistics.median(times["deepctr"]) / statistics.median(times["ours"]), 2)}))
+    median, record, _ = alternate(sides, args.runs)
+    rates = {f"{name}_rows_per_s": round(args.rows / t) for name, t in median.items()}
+    print(json.dumps(vars(args) | rates | record | {"ratio": round(median["deepctr"] / median["ours"], 2)}))
 
 
 if __name__ == "__main__":

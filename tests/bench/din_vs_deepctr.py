@@ -8,17 +8,18 @@ per user. Alternating runs; the ratio is that of the medians. Weights are random
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(HERE))
 
 import numpy as np
 import torch
 
 from common.recommenders import CTR
+from timing import alternate
 
 N_USERS, DIM, HIDDEN, UNIT = 1000, 32, (64, 32), 32   # UNIT: hidden units of the attention, as CTR has them
 
@@ -26,7 +27,7 @@ N_USERS, DIM, HIDDEN, UNIT = 1000, 32, (64, 32), 32   # UNIT: hidden units of th
 def ours(items, users, history):
     model = CTR("din", N_USERS, items, torch.zeros(items + 1, 1), DIM, HIDDEN).eval()
     users, history = torch.as_tensor(users), torch.as_tensor(history)
-    return lambda: model.score_catalogue(users, history)
+    return lambda k: model.score_catalogue(users, history)
 
 
 def theirs(items, users, history):
@@ -38,7 +39,7 @@ def theirs(items, users, history):
     every = np.arange(1, items + 1)
     x = {"user": np.repeat(users, items), "item": np.tile(every, len(users)), "hist_item": np.repeat(history, items, 0),
          "length": np.repeat((history > 0).sum(1), items)}
-    return lambda: model.predict(x, batch_size=4096)
+    return lambda k: model.predict(x, batch_size=4096)
 
 
 def main():
@@ -50,18 +51,11 @@ def main():
     rng = np.random.default_rng(0)
     users, history = rng.integers(0, N_USERS, args.users), rng.integers(1, args.items + 1, (args.users, args.history))
     sides = {"ours": ours(args.items, users, history), "deepctr": theirs(args.items, users, history)}
-    times = {name: [] for name in sides}
-    for k in range(args.runs + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            scores = run()
-            assert np.prod(scores.shape) == args.users * args.items
-            if k:
-                times[name].append(time.perf_counter() - start)
+    median, record, scores = alternate(sides, args.runs)
     rows = args.users * args.items
-    record = vars(args) | {f"{name}_rows_per_s": round(rows / statistics.median(t)) for name, t in times.items()}
-    record |= {f"{name}_spread_s": [round(min(t), 3), round(max(t), 3)] for name, t in times.items()}
-    print(json.dumps(record | {"ratio": round(statistics.median(times["deepctr"]) / statistics.median(times["ours"]), 2)}))
+    assert all(np.prod(s.shape) == rows for side in scores.values() for s in side)
+    rates = {f"{name}_rows_per_s": round(rows / t) for name, t in median.items()}
+    print(json.dumps(vars(args) | rates | record | {"ratio": round(median["deepctr"] / median["ours"], 2)}))
 
 
 if __name__ == "__main__":

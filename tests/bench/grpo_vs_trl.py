@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,11 +18,15 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(HERE))
 os.environ.update({"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from timing import alternate
 
 PROMPTS, GROUP, TOKENS = 4, 8, 48
 
@@ -147,16 +150,8 @@ def main():
     else:
         with tempfile.TemporaryDirectory() as folder:
             sides = {"ours": ours(args.vocab, args.prompt), "trl": theirs(args.vocab, args.prompt, folder)}
-            times = {name: [] for name in sides}
-            for k in range(args.steps + 1):
-                for name, step in sides.items():
-                    start = time.perf_counter()
-                    step(k)
-                    if k:                                     # the first of each is a warm-up
-                        times[name].append(time.perf_counter() - start)
-        record |= {f"{name}_s": round(statistics.median(t), 3) for name, t in times.items()}
-        record |= {f"{name}_spread": [round(min(t), 3), round(max(t), 3)] for name, t in times.items()}
-        record["ratio"] = round(record["trl_s"] / record["ours_s"], 2)
+            median, spread, _ = alternate(sides, args.steps)
+        record |= spread | {"ratio": round(median["trl"] / median["ours"], 2)}
     print(json.dumps(record))
 
 

@@ -10,11 +10,9 @@ them tokenised. --memory runs each side in a process of its own and compares the
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -28,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import lcft
 from common import llm, lora
 from grpo_vs_trl import peak_of
+from timing import alternate
 
 BATCH, LAM = 16, 0.3
 
@@ -120,17 +119,9 @@ def main():
                 record[f"{side}_mib"] = round(float(out.stdout.split("MIB")[1]), 1)
             return print(json.dumps(record | {"ratio": round(record["ours_mib"] / record["peft_mib"], 3)}))
         sides = {"ours": ours(folder, args.template), "peft": theirs(folder, args.template, args.steps)}
-    times, losses = {name: [] for name in sides}, {name: [] for name in sides}
-    for k in range(args.steps + 1):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            losses[name].append(step(k))
-            if k:                                             # the first of each is a warm-up
-                times[name].append(time.perf_counter() - start)
+    median, spread, losses = alternate(sides, args.steps)
     assert all(abs(a - b) < 1e-3 for a, b in zip(*losses.values())), losses
-    record |= {f"{name}_s": round(statistics.median(t), 3) for name, t in times.items()}
-    record |= {f"{name}_spread": [round(min(t), 3), round(max(t), 3)] for name, t in times.items()}
-    print(json.dumps(record | {"ratio": round(statistics.median(times["ours"]) / statistics.median(times["peft"]), 3)}))
+    print(json.dumps(record | spread | {"ratio": round(median["ours"] / median["peft"], 3)}))
 
 
 if __name__ == "__main__":

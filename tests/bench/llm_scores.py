@@ -8,17 +8,18 @@ The scores must agree to 1e-4.
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(HERE))
 
 import torch
 
 import sllmr
 from common import llm
+from timing import alternate
 
 
 def main():
@@ -32,26 +33,17 @@ def main():
     yes, no = (llm.single_token(tokenizer, word) for word in ("Yes", "No"))
     asked = [sllmr.ask(rows, int(u), list(range(args.candidates))) for u in rows.logs.judged[:args.users]]
 
-    def shared():
+    def shared(_):
         return torch.cat([torch.cat(sllmr.score_shared(model, tokenizer, asked[k:k + 8], yes, no)) for k in range(0, len(asked), 8)])
 
-    def single():
+    def single(_):
         prompts = [llm.chat(tokenizer, "".join(prompt)) for user in asked for prompt in user]
         found = torch.cat([llm.next_token_logits(model, prompts[k:k + 8], [yes, no]) for k in range(0, len(prompts), 8)])
         return found[:, 0] - found[:, 1]
-    sides, times = {"shared": shared, "single": single}, {"shared": [], "single": []}
-    for k in range(args.runs + 1):
-        scores = {}
-        for name, run in sides.items():
-            start = time.perf_counter()
-            scores[name] = run()
-            if k:
-                times[name].append(time.perf_counter() - start)
-    torch.testing.assert_close(scores["shared"], scores["single"], atol=1e-4, rtol=0)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    count = args.users * args.candidates
-    print(json.dumps(vars(args) | {f"{name}_per_s": round(count / t) for name, t in median.items()}
-                     | {"ratio": round(median["single"] / median["shared"], 2)}))
+    median, record, scores = alternate({"shared": shared, "single": single}, args.runs)
+    torch.testing.assert_close(scores["shared"][0], scores["single"][0], atol=1e-4, rtol=0)
+    rates = {f"{name}_per_s": round(args.users * args.candidates / t) for name, t in median.items()}
+    print(json.dumps(vars(args) | rates | record | {"ratio": round(median["single"] / median["shared"], 2)}))
 
 
 if __name__ == "__main__":
