@@ -4,7 +4,7 @@ An LLM reads a user's history once, offline, and scores some items. While the cl
 asked to keep the LLM's order, by a hinge, weighted by a gate that looks at three things: is the user cold, is the item in
 the tail, is the model unsure. When the model is served there is no LLM.
 
-  1 score     offline: (user, item) -> score in [0, 1], appended to scores.jsonl
+  1 score     offline: (user, item) -> score in [0, 1], appended to scores.jsonl; --tune-steps teaches a small LLM the question first
   2 train     L = L_rec + lambda L_LLM: rows 1:1 with sampled negatives, and users from a second sampler
   3 judge     AUC on 1:1 rows (the paper's) and on the full ranking; overall, cold, tail, dense
 
@@ -43,7 +43,8 @@ DEVIATIONS AND CHOICES
     text and of the past items' texts as inputs, pointwise is the paper's MSE. All on the same LLM.
 
   python sllmr.py --data toy:3000x400x60000 --cold-users 0.3                # scores from the toy's truth
-  python sllmr.py --data amazon-beauty --scorer backbone --backbone Qwen/Qwen2.5-3B
+  python sllmr.py --data amazon-beauty --backbone Qwen/Qwen2.5-3B            # on a GPU
+  python sllmr.py --data ml1m --users 1000 --tune-steps 300                 # scores from the bundled LLM
   OPENAI_API_KEY=... python sllmr.py --data ml1m --scorer api --api-model gpt-4o-mini --dry-run
   python sllmr.py --ablations --seeds 0,1,2 --data toy:3000x400x60000 --cold-users 0.3
 """
@@ -67,7 +68,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import cuda, data as datasets, llm, metrics
+from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
 from common.run import Run, UserError, main, prefix, progress, pyplot, strip, write_atomically, write_table
@@ -112,6 +113,8 @@ class Args:
     pool: int = 200  # N: the most chosen items they come from
     extra: float = 0.1  # share of the items, the least chosen, that some users score too
     scored_users: int = 0  # users to score (0: all)
+    tune_steps: int = 0  # first teach the backbone (LoRA) what users choose next, on so many batches of training choices; 0: ask it as it is
+    tune_lr: float | None = None  # learning rate of that (default 1e-4; 2e-3 for tiny)
     oracle: tuple[float, ...] = (0.0, 1.0, 1.0, 1.0)  # share of true scores where (warm, head), (warm, tail), (cold, head), (cold, tail)
     # -- endpoint (with --scorer api; the key is read from OPENAI_API_KEY)
     api_base: str = "https://api.openai.com/v1"  # any OpenAI-compatible endpoint
@@ -156,6 +159,8 @@ class Args:
             raise ValueError("--gate-init takes four numbers: cold, tail, unsure, b")
         if len(self.api_price) != 2:
             raise ValueError("--api-price takes two numbers: dollars per million tokens in, out")
+        if self.tune_steps < 0 or (self.tune_lr or 1) <= 0:
+            raise ValueError("--tune-steps must not be negative, --tune-lr must be positive")
         if self.scorer == "file" and not self.scores:
             raise ValueError("--scorer file needs --scores FILE")
         for name in ("dim", "max_history", "candidates", "pool", "pairs", "pair_users", "batch", "epochs", "patience", "rank_users",
@@ -277,6 +282,8 @@ def by_backbone(rows, wanted, batch=8):
     yes, no = (llm.single_token(tokenizer, word) for word in ("Yes", "No"))
     if yes is None or no is None:
         raise UserError(f"--backbone {args.backbone}: Yes and No are not one token each; take another or --scorer file")
+    if args.tune_steps:
+        tune(rows, model, tokenizer, yes, no)
     users = list(wanted)
     for start in progress(range(0, len(users), batch), "LLM scores", -(-len(users) // batch)):
         part = [u for u in users[start:start + batch] if wanted[u]]
@@ -285,21 +292,56 @@ def by_backbone(rows, wanted, batch=8):
             yield u, wanted[u], torch.sigmoid(g).tolist()
 
 
-def ask(rows, u, items):
-    """A prompt per item, token lists apart from the model's chat frame: (history, the item's question)."""
-    read = READ.format(history=history_lines(rows.logs.history(u, rows.logs.n_train[u])))
+def ask(rows, u, items, before=None):
+    """A prompt per item, (history, the item's question), with what user u chose in training, or before that position."""
+    read = READ.format(history=history_lines(rows.logs.history(u, rows.logs.n_train[u] if before is None else before)))
     return [(read, ASK.format(item=rows.logs.lines[i])) for i in items]
 
 
-@torch.no_grad()
-def score_shared(model, tokenizer, asked, yes, no):
-    """Per user (G prompts that begin alike) -> list of (G,) logit(Yes) - logit(No), fp32, the history computed once."""
+def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
+    """A LoRA adapter for the question that will be asked: Yes after a training choice that came next, No after one of another
+    user's. No validation or test choice is learned from; the AUC on some of validation's 1:1 rows is printed."""
+    args, rng = rows.args, np.random.default_rng([rows.args.seed, 79])
+    u, place, target, _ = rows.train.cpu().numpy()
+    lora.inject(model, "all-linear", 16, 32.0, 0.0, seed=args.seed)
+    rate = args.tune_lr or (2e-3 if args.backbone == "tiny" else 1e-4)
+    optimizer = torch.optim.AdamW(lora.parameters(model), lr=rate, weight_decay=0.0)
+    for step in progress(range(args.tune_steps), "tuning", args.tune_steps):
+        pick = rng.integers(0, len(u), batch)
+        other = target[rng.integers(0, len(u), batch)]           # as often as it was chosen: popularity tells nothing
+        other = np.where([o in rows.logs.sequence(u[k])[:rows.logs.n_train[u[k]]] for k, o in zip(pick, other)], -1, other)
+        prefixes, tails = split(tokenizer, [ask(rows, u[k], [target[k], o][:1 + (o >= 0)], place[k]) for k, o in zip(pick, other)])
+        packed = llm.pack_tails(prefixes, [[tail + [answer] for tail, answer in zip(row, (yes, no))] for row in tails]).to(model.device)
+        answers = packed.labels[packed.valid][llm.last_slots(packed)]
+        loss = llm.over_logits(model, lambda z, y: F.cross_entropy(z, y, reduction="none"),
+                               llm.packed_hidden(model, packed)[llm.last_slots(packed)], beside=(answers,)).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 20) * (1 - step / args.tune_steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    held = rows.valid[:, :asked].T.tolist()
+    parts = [held[k:k + 8] for k in range(0, len(held), 8)]
+    s = torch.stack([g for part in parts for g in score_shared(model, tokenizer, [ask(rows, u, [i, j], p) for u, p, i, j in part], yes, no)])
+    print(f"tuned on {args.tune_steps * batch:,} training choices; the LLM alone has AUC {metrics.auc(np.tile([True, False], len(s)), s.flatten().numpy()):.4f} "
+          f"on {2 * len(s)} validation rows", flush=True)
+
+
+def split(tokenizer, asked):
+    """Per user, prompts that begin alike -> (what they share, token ids per user; the rest of each, per user and prompt)."""
     prefixes, tails = [], []
     for prompts in asked:
         ids = [llm.chat(tokenizer, read + question) for read, question in prompts]
         same = min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1)
         prefixes.append(ids[0][:same])
         tails.append([x[same:] for x in ids])
+    return prefixes, tails
+
+
+@torch.no_grad()
+def score_shared(model, tokenizer, asked, yes, no):
+    """Per user (G prompts that begin alike) -> list of (G,) logit(Yes) - logit(No), fp32, the history computed once."""
+    prefixes, tails = split(tokenizer, asked)
     answers = llm.after_tails(model, prefixes, tails)
     gap = llm.over_logits(model, lambda z: z[:, yes] - z[:, no], answers)
     return gap.float().cpu().split([len(row) for row in tails])

@@ -197,6 +197,23 @@ def test_scores_with_a_shared_history_equal_those_of_one_prompt_per_candidate():
             assert float(z[yes] - z[no]) == pytest.approx(float(g), abs=1e-4)
 
 
+def test_tuning_learns_from_training_choices_alone_and_tells_them_from_others(monkeypatch, capsys):
+    r = rows(tune_steps=12)
+    model, tokenizer = llm.load("tiny")
+    yes, no = (llm.single_token(tokenizer, w) for w in ("Yes", "No"))
+    asked, ask = [], sllmr.ask
+    monkeypatch.setattr(sllmr, "ask", lambda rows, u, items, before=None: asked.append((int(u), items, before)) or ask(rows, u, items, before))
+    sllmr.tune(r, model, tokenizer, yes, no, asked=8)
+    learned = asked[:12 * 16]
+    assert len(asked) == 12 * 16 + 8 and sum(len(items) for _, items, _ in learned) > 12 * 24
+    for u, items, before in learned:
+        mine = r.logs.sequence(u)[:r.logs.n_train[u]].tolist()
+        assert before < len(mine) and items[0] == mine[before] and not set(items[1:]) & set(mine)
+    s = [sllmr.score_shared(model, tokenizer, [ask(r, u, items, before) for u, items, before in learned if len(items) == 2][:40], yes, no)]
+    gap = torch.stack(s[0])
+    assert (gap[:, 0] > gap[:, 1]).float().mean() > 0.6 and "on 16 validation rows" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text,message", [
     ("not json\n", ":1: not"), ('{"user": "u0", "item": "i0"}\n', ":1: not"), ('{"user": "u0", "item": "i1", "score": "x"}\n', ":1: score"),
     ('{"user": "u0", "item": "i1", "score": 0.5}\n{"user": "u0", "item": "i1", "score": NaN}\n', ":2: score"),
@@ -331,7 +348,7 @@ def test_a_dry_run_costs_nothing_and_writes_nothing(endpoint, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------- end to end
 @pytest.mark.parametrize("flags", [("--llm-loss", "none"), ("--llm-loss", "kd"), ("--llm-loss", "pointwise"), ("--llm-loss", "kar"),
                                    ("--gate", "paper", "--uncertainty", "entropy", "--reduction", "sum"), ("--gate", "budget", "--uncertainty", "dropout"),
-                                   ("--recommender", "din", "--gate", "agreement"), ("--scorer", "backbone", "--scored-users", "20", "--candidates", "4")])
+                                   ("--recommender", "din", "--gate", "agreement"), ("--scorer", "backbone", "--scored-users", "20", "--candidates", "4", "--tune-steps", "2")])
 def test_every_way_of_using_the_scores_ends_with_a_result(tmp_path, capsys, flags):
     sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, "--run", str(tmp_path / "r"), *flags])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("RESULT "))
