@@ -63,7 +63,15 @@ def put(readme, line, table):
     if start is None or any(re.match("#+ ", text) for text in lines[at:start]):
         raise ValueError(f"the README has no table below `{line}`")
     end = next((k for k in range(start, len(lines)) if not lines[k].startswith("|")), len(lines))
+    if lines[end + 1:end + 2] and lines[end + 1].startswith("Seeds "):      # what `made` wrote
+        end += 2
     return "\n".join(lines[:start] + table + lines[end:])
+
+
+def made(record):
+    """The line below a table: what it took, and which code it was."""
+    minutes = f", {record['minutes']:,} minutes in all" if record["minutes"] else ""
+    return f"Seeds {', '.join(map(str, record['seeds']))}; {record['runs']} runs{minutes}; commit {', '.join(record['commits'])}."
 
 
 def render(path, chosen=COMMANDS, base=ROOT):
@@ -72,7 +80,8 @@ def render(path, chosen=COMMANDS, base=ROOT):
     for method, data, flags in chosen:
         file = base / folder(method, data) / "table.json"
         if file.exists():
-            readme = put(readme, command(method, flags), markdown(json.loads(file.read_text(encoding="utf-8"))["ablations"]))
+            record = json.loads(file.read_text(encoding="utf-8"))
+            readme = put(readme, command(method, flags), [*markdown(record["ablations"]), "", made(record)])
             done.append(str(folder(method, data)))
     write_atomically(path, readme)
     return done

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 import tokenize
@@ -158,6 +159,16 @@ def write_atomically(path, text):
     os.replace(beside, path)
 
 
+def commit():
+    """The commit of this code, with a + where files differ from it; None outside a git checkout."""
+    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+        return None if head.returncode else head.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout else "")
+    except OSError:
+        return None
+
+
 def summarise(found, columns, width, digits=6):
     """{name: list over seeds of RESULT records}, {column: record -> number} -> {name: {column: summary}}, printed row by row.
     A record that lacks a column (KeyError: its variant has no such phase) has an empty cell."""
@@ -179,8 +190,10 @@ def write_table(root, args, rows):
     from common import report
     runs = sorted(path.parent for path in Path(root).glob("**/result.json"))
     record = {"ablations": rows, "data": args.data, "backbone": args.backbone, "seeds": list(args.seeds or (args.seed,))}
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    write_atomically(Path(root) / "table.json", json.dumps(record | {"command": command}, indent=1) + "\n")
+    headers = [json.loads((folder / "header.json").read_text()) for folder in runs]
+    made = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "runs": len(runs),
+            "minutes": round(sum(h.get("minutes", 0) for h in headers)), "commits": sorted({h.get("commit") or "none" for h in headers})}
+    write_atomically(Path(root) / "table.json", json.dumps(record | made, indent=1) + "\n")
     report.write(runs, Path(root) / "report.html")
     print("RESULT " + json.dumps(record, sort_keys=True))
     return rows
@@ -214,7 +227,7 @@ class Run:
     """
 
     def __init__(self, args, script, fingerprint, free=(), rank=0):
-        self.script, self.clock, self.rank = script, None, rank
+        self.script, self.clock, self.rank, self.since = script, None, rank, time.perf_counter()
         tail = f"{Path(args.data).name}-{Path(args.backbone).name}-s{args.seed}"
         self.folder = Path(args.run or f"runs/{script}-{tail}")
         settings = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(args))).items()
@@ -255,6 +268,10 @@ class Run:
     def finish(self, phase, record):
         self.phases[phase] = record
         write_atomically(self.folder / "phases.json", json.dumps(self.phases, indent=1))
+        if (path := self.folder / "header.json").exists():                   # a resumed run adds to what it took before
+            now, facts = time.perf_counter(), json.loads(path.read_text())
+            facts["minutes"], self.since = round(facts.get("minutes", 0) + (now - self.since) / 60, 2), now
+            write_atomically(path, json.dumps(facts, indent=1))
         if phase != "result":
             print(f"{phase} done: " + " | ".join(f"{k} {v}" for k, v in record.items()), flush=True)
 
@@ -356,17 +373,21 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def header(self, **facts):
-        """What was run, on what, on which data: printed once and kept in header.json. No environment, so no keys."""
+        """What was run, on what, on which data: printed once and kept in header.json, where `finish` adds the minutes that it
+        took. No environment, so no keys."""
         import transformers
         if self.rank > 0:
             return
+        path = self.folder / "header.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {}
         facts = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                  "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
-                             f"transformers {transformers.__version__}", **facts}
+                             f"transformers {transformers.__version__}", "commit": commit(), **facts}
         for key, value in facts.items():
             print(f"{key:>12}  {value}")
         sys.stdout.flush()
-        write_atomically(self.folder / "header.json", json.dumps(facts, indent=1, default=str))
+        kept = {"minutes": earlier["minutes"]} if "minutes" in earlier else {}
+        write_atomically(path, json.dumps(facts | kept, indent=1, default=str))
 
     def result(self, record):
         """result.json and report.html, and RESULT {json} as the last line of standard output."""

@@ -69,11 +69,12 @@ def test_tables_are_written_from_files_and_writing_them_again_changes_nothing(tm
     method, data, flags = results.COMMANDS[0]
     folder = tmp_path / results.folder(method, data)
     folder.mkdir(parents=True)
-    (folder / "table.json").write_text('{"ablations": {"full": {"NDCG@10": {"mean": 0.12345, "std": 0.01}}, "none": {"AUC": {"mean": 44, "std": null}}}}')
+    (folder / "table.json").write_text('{"ablations": {"full": {"NDCG@10": {"mean": 0.12345, "std": 0.01}}, "none": {"AUC": {"mean": 44, "std": null}}},'
+                                     '"seeds": [0, 1], "runs": 4, "minutes": 12, "commits": ["abc"]}')
     readme = tmp_path / "README.md"
     readme.write_text(README)
     assert results.render(readme, results.COMMANDS, tmp_path) == [str(results.folder(method, data))]
     first = readme.read_text()
-    assert "| full | 0.123 ± 0.010 |  |" in first and "| none |  | 44.0 |" in first
+    assert "| full | 0.123 ± 0.010 |  |" in first and "| none |  | 44.0 |\n\nSeeds 0, 1; 4 runs, 12 minutes in all; commit abc.\n\n" in first
     results.render(readme, results.COMMANDS, tmp_path)
     assert readme.read_text() == first

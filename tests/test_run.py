@@ -225,3 +225,26 @@ def test_gradients_are_averaged_over_two_processes(tmp_path):
     children = [subprocess.Popen([sys.executable, "-c", code, str(ROOT)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
                 for r in range(2)]
     assert [c.wait(timeout=60) for c in children] == [0, 0]
+
+
+def test_the_header_says_which_code_it_was_and_a_resumed_run_adds_its_minutes(tmp_path):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Few:
+        data: str = "d"
+        backbone: str = "b"
+        seed: int = 0
+        run: str = str(tmp_path / "r")
+        resume: bool = False
+        overwrite: bool = False
+    found = []
+    for resume in (False, True):
+        run = Run(Few(resume=resume), "x", "f")
+        run.header(device="cpu")
+        run.since -= 120
+        run.finish("a", {})
+        found.append(json.loads((run.folder / "header.json").read_text()))
+    assert found[0]["minutes"] == pytest.approx(2, abs=0.2) and found[1]["minutes"] == pytest.approx(4, abs=0.4)
+    inside = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    assert (found[0]["commit"] or "none").rstrip("+") == (inside.stdout.strip() if inside.returncode == 0 else "none")
