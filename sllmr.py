@@ -299,18 +299,14 @@ def ask(rows, u, items, before=None):
 
 
 def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
-    """A LoRA adapter for the question that will be asked: Yes after a training choice that came next, No after one of another
-    user's. No validation or test choice is learned from; the AUC on some of validation's 1:1 rows is printed."""
-    args, rng = rows.args, np.random.default_rng([rows.args.seed, 79])
-    u, place, target, _ = rows.train.cpu().numpy()
+    """A LoRA adapter for the question that will be asked: Yes after a training choice that came next, No after its negative. No
+    validation or test choice is learned from; the AUC on some of validation's 1:1 rows is printed."""
+    args, rng, train = rows.args, np.random.default_rng([rows.args.seed, 79]), rows.train.T.cpu().numpy()
     lora.inject(model, "all-linear", 16, 32.0, 0.0, seed=args.seed)
     rate = args.tune_lr or (2e-3 if args.backbone == "tiny" else 1e-4)
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=rate, weight_decay=0.0)
     for step in progress(range(args.tune_steps), "tuning", args.tune_steps):
-        pick = rng.integers(0, len(u), batch)
-        other = target[rng.integers(0, len(u), batch)]           # as often as it was chosen: popularity tells nothing
-        other = np.where([o in rows.logs.sequence(u[k])[:rows.logs.n_train[u[k]]] for k, o in zip(pick, other)], -1, other)
-        prefixes, tails = split(tokenizer, [ask(rows, u[k], [target[k], o][:1 + (o >= 0)], place[k]) for k, o in zip(pick, other)])
+        prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place) for u, place, i, j in train[rng.integers(0, len(train), batch)]])
         packed = llm.pack_tails(prefixes, [[tail + [answer] for tail, answer in zip(row, (yes, no))] for row in tails]).to(model.device)
         answers = packed.labels[packed.valid][llm.last_slots(packed)]
         loss = llm.over_logits(model, lambda z, y: F.cross_entropy(z, y, reduction="none"),

@@ -543,20 +543,20 @@ def encode(model, tokenizer, texts, batch_size=64, max_tokens=256, desc=None):
 
 
 class _ForkedCache:
-    """Keys and values of B prefixes (a filled DynamicCache), read by G rows each. Every layer in turn uses one pair of
-    buffers (B, G, heads, P + T, head_dim)."""
+    """Keys and values of B prefixes (a filled DynamicCache), read by R rows each. Every layer in turn uses one pair of
+    buffers (B, R, heads, P + T, head_dim)."""
 
-    def __init__(self, prefixes, G):
-        self.layers, self.G, self.buffers = prefixes.layers, G, None
+    def __init__(self, prefixes, R):
+        self.layers, self.R, self.buffers = prefixes.layers, R, None
 
     def update(self, keys, values, layer, *_, **__):
         before = self.layers[layer].keys, self.layers[layer].values                           # (B, heads, P, head_dim)
         B, heads, P, D = before[0].shape
         if self.buffers is None:
-            self.buffers = [keys.new_empty(B, self.G, heads, P + keys.shape[2], D) for _ in range(2)]
+            self.buffers = [keys.new_empty(B, self.R, heads, P + keys.shape[2], D) for _ in range(2)]
         for buffer, old, new in zip(self.buffers, before, (keys, values)):
             buffer[..., :P, :] = old[:, None]
-            buffer[..., P:, :] = new.view(B, self.G, heads, -1, D)
+            buffer[..., P:, :] = new.view(B, self.R, heads, -1, D)
         return [buffer.flatten(0, 1) for buffer in self.buffers]
 
     def get_seq_length(self, layer=0):
@@ -566,19 +566,22 @@ class _ForkedCache:
 @torch.no_grad()
 def after_tails(model, prefixes, tails):
     """Last hidden states (N, D) of prefix b + each of tails[b], in order: B lists of token ids, B lists of such lists. A prefix
-    runs once; then every tail is a row of its own that reads the prefix's keys, and does not pay for the others."""
+    runs once. Then its tails stand side by side, in rows about half as long as the prefix, which read its keys: with a row for each,
+    copies of these would cost the time; with one row for all, tails would look in vain at the others'."""
     tokens, real, lengths = _right_padded(prefixes, model.device)
     prefix = DynamicCache(config=model.config)
     model.get_decoder()(input_ids=tokens, attention_mask=real.long(), past_key_values=prefix, use_cache=True)
-    G = max(map(len, tails))
-    tokens, _, size = _right_padded([tail for row in tails for tail in [*row, *[[0]] * (G - len(row))]], model.device)
-    N, T = tokens.shape
-    own = torch.ones(T, T, dtype=torch.bool, device=model.device).tril().expand(N, T, T)
-    mask = torch.cat([real.repeat_interleave(G, 0)[:, None].expand(-1, T, -1), own], -1)[:, None]
-    position = lengths.repeat_interleave(G)[:, None] + torch.arange(T, device=model.device)
-    hidden = _hidden(model, tokens, position, mask, _ForkedCache(prefix, G))
-    there = torch.tensor([g < len(row) for row in tails for g in range(G)], device=model.device)
-    return hidden[torch.arange(N, device=model.device), size - 1][there]
+    B, P = tokens.shape
+    T, most = max(len(tail) for row in tails for tail in row), max(map(len, tails))
+    beside = min(most, max(1, P // (2 * T)))
+    R = -(-most // beside)                                       # rows of a prefix
+    tokens, _, size = _right_padded([tail for row in tails for tail in [*row, *[[0] * T] * (R * beside - len(row))]], model.device)
+    position = (lengths[:, None] + torch.arange(T, device=model.device)).repeat_interleave(R, 0).repeat(1, beside)
+    own = torch.block_diag(*[torch.ones(T, T, device=model.device).tril()] * beside).bool()
+    mask = torch.cat([real.repeat_interleave(R, 0)[:, None].expand(-1, beside * T, -1), own.expand(B * R, -1, -1)], -1)[:, None]
+    hidden = _hidden(model, tokens.view(B * R, -1), position, mask, _ForkedCache(prefix, R)).view(len(tokens), T, -1)
+    there = torch.tensor([k < len(row) for row in tails for k in range(R * beside)], device=model.device)
+    return hidden[torch.arange(len(tokens), device=model.device), size - 1][there]
 
 
 def next_token_logits(model, prompts, ids):
