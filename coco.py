@@ -877,7 +877,7 @@ def ablations(args):
 
 
 def plot(found, path):
-    """The pilot study's figure: AUC against that of no LLM, by group of users, for every prompt."""
+    """The pilot study's figure: AUC against that of no LLM, by group of users, for every prompt; lines: std over seeds."""
     if (plt := pyplot()) is None or "no LLM" not in found:
         return
     groups = [c for c in found["no LLM"][0]["test"] if c not in ("log_loss", "overall")]
@@ -885,10 +885,12 @@ def plot(found, path):
     figure, axis = plt.subplots(figsize=(max(6, 1.2 * len(groups) + 2), 4))
     for k, name in enumerate(others):
         gain = np.array([[r["test"].get(g, np.nan) - b["test"].get(g, np.nan) for g in groups] for r, b in zip(found[name], found["no LLM"])])
-        axis.bar(np.arange(len(groups)) + (k - len(others) / 2) / (len(others) + 1), gain.mean(0), 1 / (len(others) + 1), label=name)
+        spread = gain.std(0, ddof=1) if len(gain) > 1 else None
+        axis.bar(np.arange(len(groups)) + (k - len(others) / 2) / (len(others) + 1), gain.mean(0), 1 / (len(others) + 1), yerr=spread,
+                 error_kw={"linewidth": 0.8, "ecolor": "grey"}, label=name)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 4 else 0)
-    axis.set(ylabel="AUC over no LLM", title="Who gains by which prompt")
+    axis.set(ylabel="AUC over no LLM", title=f"Who gains by which prompt ({len(found['no LLM'])} seeds)")
     axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

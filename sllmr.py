@@ -857,7 +857,7 @@ def plot(folder):
         log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for key in sorted(k for k in log[0] if k.startswith("alpha_")):
             axis.plot([r["step"] for r in log], [r[key] for r in log], marker="o", label=key.removeprefix("alpha_").replace("_", " user, ") + " item")
-        axis.set(title=f"--gate {gate}, {run.name.split('-')[-1]} = λ", xlabel="epoch", ylim=(0, 1))
+        axis.set(title=f"--gate {gate}, λ = {run.name.split('-')[-1]}", xlabel="epoch", ylim=(0, 1))
     axes[0].set_ylabel("mean α")
     axes[0].legend()
     figure.tight_layout()

@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,19 +19,21 @@ from pathlib import Path
 from common.run import write_atomically
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = (   # method, data, flags
-    ("curec", "toy", "--ablations --seeds 0,1,2 --data toy"),
+COMMANDS = (   # method, data, flags, the picture that the README shows
+    ("curec", "toy", "--ablations --seeds 0,1,2 --data toy", None),
     ("lcft", "toy", "--ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 "
-                    "--variants off,official:1e-4,official:1e-2,paper,swap,neg-ce"),
+                    "--variants off,official:1e-4,official:1e-2,paper,swap,neg-ce", "ece.png"),
     ("lcft", "ml100k", "--ablations --seeds 0,1,2 --data ml100k --steps 400 --batch 16 --eval-every 100 --eval-rows 400 --prompt-history 3 "
                        "--lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
-                       "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4"),
+                       "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
     ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 1e-2 --batch 1024 --dim 32 --epochs 12 --patience 12 "
-                     "--rank-users 100 --variants none,ones,agreement --lams 0.1 --recommenders deepfm,dcnv2,din,dcn,autoint"),
+                     "--rank-users 100 --variants none,ones,agreement --lams 0.1 --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
     ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
-                               "--recommenders deepfm,dcnv2,din,dcn,autoint"),
+                               "--recommenders deepfm,dcnv2,din,dcn,autoint", None),
     ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
-                    "--variants 'no LLM,static,shared,codebook,full,judge all'"),
+                    "--variants 'no LLM,static,shared,codebook,full,judge all'", None),
+    ("coco", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --base-epochs 3 --epochs 3 "
+                     "--variants 'no LLM,static,gender,age,codebook,full'", "pilot.png"),
 )
 
 
@@ -75,13 +78,16 @@ def made(record):
 
 
 def render(path, chosen=COMMANDS, base=ROOT):
-    """Write the tables of all finished commands into the README at path; returns which."""
+    """Write the tables of all finished commands into the README at path, and their pictures beside it; returns which."""
     readme, done = path.read_text(encoding="utf-8"), []
-    for method, data, flags in chosen:
+    for method, data, flags, picture in chosen:
         file = base / folder(method, data) / "table.json"
         if file.exists():
             record = json.loads(file.read_text(encoding="utf-8"))
             readme = put(readme, command(method, flags), [*markdown(record["ablations"]), "", made(record)])
+            if picture and (file.parent / picture).exists():
+                (path.parent / "figures").mkdir(exist_ok=True)
+                shutil.copyfile(file.parent / picture, path.parent / "figures" / f"{method}-{data}.png")
             done.append(str(folder(method, data)))
     write_atomically(path, readme)
     return done
@@ -89,14 +95,14 @@ def render(path, chosen=COMMANDS, base=ROOT):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--method", help="one of " + ", ".join(sorted({m for m, _, _ in COMMANDS})))
-    parser.add_argument("--data", help="one of " + ", ".join(sorted({d for _, d, _ in COMMANDS})))
+    parser.add_argument("--method", help="one of " + ", ".join(sorted({m for m, *_ in COMMANDS})))
+    parser.add_argument("--data", help="one of " + ", ".join(sorted({d for _, d, *_ in COMMANDS})))
     parser.add_argument("--render", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
     chosen = [c for c in COMMANDS if args.method in (None, "", c[0]) and args.data in (None, "", c[1])]
     if not chosen:
         parser.error(f"nothing to do for --method {args.method} --data {args.data}")
-    for method, data, flags in () if args.render else chosen:
+    for method, data, flags, _ in () if args.render else chosen:
         print(f"\n##### {command(method, flags)}", flush=True)
         out = subprocess.run([sys.executable, f"{method}.py", *shlex.split(flags), "--run", str(folder(method, data)), "--resume"], cwd=ROOT)
         if out.returncode:

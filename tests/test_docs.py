@@ -60,13 +60,19 @@ def test_every_equation_names_a_function_and_a_test_that_exist():
 
 def test_every_table_of_make_results_stands_in_the_readme_below_its_command():
     from common import results
-    for method, _, flags in results.COMMANDS:
+    for method, data, flags, picture in results.COMMANDS:
         assert results.put(README, results.command(method, flags), ["| x |"]).count("\n| x |\n") == 1, (method, flags)
+        assert not picture or f"](figures/{method}-{data}.png)" in README, (method, data)
+
+
+def test_every_picture_in_the_readme_is_there():
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert pictures and all((ROOT / p).is_file() for p in pictures)
 
 
 def test_tables_are_written_from_files_and_writing_them_again_changes_nothing(tmp_path):
     from common import results
-    method, data, flags = results.COMMANDS[0]
+    method, data, flags, _ = results.COMMANDS[0]
     folder = tmp_path / results.folder(method, data)
     folder.mkdir(parents=True)
     (folder / "table.json").write_text('{"ablations": {"full": {"NDCG@10": {"mean": 0.12345, "std": 0.01}}, "none": {"AUC": {"mean": 44, "std": null}}},'
