@@ -90,7 +90,10 @@ class CIN(nn.Module):
         self.mix = nn.ModuleList(nn.Linear(a * fields, b) for a, b in zip([fields, *sizes], sizes))
 
     def forward(self, e):
-        """e (B, F, D) -> (B, sum of sizes): each layer's maps, summed over D."""
+        """e (B, F, D) -> (B, sum of sizes): each layer's maps, summed over D. A CPU takes few rows at a time: the products of
+        all would not stay in its cache."""
+        if e.device.type == "cpu" and len(e) > 128:
+            return torch.cat([self(rows) for rows in e.split(128)])
         x, out = e, []
         for mix in self.mix:
             pairs = torch.einsum("bhd,bmd->bdhm", x, e).flatten(2)            # (B, D, H * F)

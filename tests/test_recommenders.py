@@ -69,7 +69,7 @@ def test_the_factorisation_machine_is_the_sum_over_pairs():
 def test_the_crossings_equal_deepctr_torchs_on_copied_weights():
     layers = pytest.importorskip("deepctr_torch.layers.interaction")
     torch.manual_seed(0)
-    e, x = torch.randn(4, 5, 8), torch.randn(4, 12)
+    e, x = torch.randn(300, 5, 8), torch.randn(4, 12)          # CIN takes 128 rows at a time
     with torch.no_grad():
         torch.testing.assert_close(FM()(e), layers.FM()(e)[:, 0], atol=1e-5, rtol=1e-5)
         theirs, ours = layers.CIN(5, (6, 4), activation="relu", split_half=False), CIN(5, (6, 4))
@@ -109,6 +109,7 @@ def test_every_click_model_reads_all_its_inputs_and_no_padding(kind):
     assert empty.isfinite().all()
     s.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for name, p in model.named_parameters())
+    assert not any(table.weight.grad[0].any() for table in (model.item, model.category, *model.first_order[1:]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
