@@ -31,7 +31,8 @@ DEVIATIONS AND CHOICES
     alpha near --budget. Both judge by pairs that the model is trained to follow, and a model can follow noise. --gate
     agreement (the default) sets a share of each user's scored items aside, learns alpha_uij as the probability that the model
     orders a pair of these as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1), before the K
-    are picked: an LLM that agrees no better than a coin gets nothing. The loss is their weighted mean. fixed never learns; ones is the paper's "global".
+    are picked: an LLM that agrees no better than a coin gets nothing. The loss is their weighted mean. fixed never learns;
+    ones is the paper's "global".
   - q is detached: else the model could lower the loss by being sure.
   - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K. m, K, M and N are not
     given: flags.
@@ -104,7 +105,7 @@ class Args:
     mlp: tuple[int, ...] = (200, 80)  # hidden layers
     dropout: float = 0.1  # in the MLP
     # -- LLM scores
-    scorer: Literal["auto", "oracle", "file", "backbone", "api"] = "auto"  # toy's truth, a file of yours, a causal LM, an endpoint (auto: oracle on toy, else backbone)
+    scorer: Literal["auto", "oracle", "file", "backbone", "api"] = "auto"  # truth of the toy world, file of yours, causal LM, endpoint
     scores: str | None = None  # with --scorer file: JSON lines {"user": , "item": , "score": 0..1}
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     dtype: str = "auto"  # of the backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
@@ -318,9 +319,9 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
         optimizer.step()
     held = rows.valid[:, :asked].T.tolist()
     parts = [held[k:k + 8] for k in range(0, len(held), 8)]
-    s = torch.stack([g for part in parts for g in score_shared(model, tokenizer, [ask(rows, u, [i, j], p) for u, p, i, j in part], yes, no)])
-    print(f"tuned on {args.tune_steps * batch:,} training choices; the LLM alone has AUC {metrics.auc(np.tile([True, False], len(s)), s.flatten().numpy()):.4f} "
-          f"on {2 * len(s)} validation rows", flush=True)
+    s = torch.stack([gap for part in parts for gap in score_shared(model, tokenizer, [ask(rows, u, [i, j], p) for u, p, i, j in part], yes, no)])
+    alone = metrics.auc(np.tile([True, False], len(s)), s.flatten().numpy())
+    print(f"tuned on {args.tune_steps * batch:,} training choices; the LLM alone has AUC {alone:.4f} on {2 * len(s)} validation rows", flush=True)
 
 
 def split(tokenizer, asked):
@@ -634,7 +635,8 @@ def regulariser(args, model, scored, pick):
         return pair_loss(s, alpha, pick_pairs(scores, known, args.pairs), args.margin, args.gate, args.reduction, (args.budget, args.budget_weight))
     aside, a = scored.aside[pick], alpha.detach()
     pairs = pick_pairs(scores, known & ~aside, args.pairs, (a[:, :, None] + a[:, None, :] - 1).clamp(min=0))
-    return pair_loss(s, alpha, pairs, args.margin, args.gate, args.reduction) + agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs))
+    learned = agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs))
+    return pair_loss(s, alpha, pairs, args.margin, args.gate, args.reduction) + learned
 
 
 @torch.no_grad()
@@ -778,7 +780,8 @@ def train(args, shared=None):
     if scored is not None and args.llm_loss == "pairwise" and args.gate != "ones":
         alpha, cold, tail = gate_view(args, model, scored)
         result["gate_map"] = gate_map(rows, scored, alpha)
-        result["gate_is"] = {name: round(x, 4) for name, x in zip(("cold", "tail", "unsure", "b"), (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item()))}
+        numbers = (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item())
+        result["gate_is"] = {name: round(x, 4) for name, x in zip(("cold", "tail", "unsure", "b"), numbers)}
         if scorer(args, rows) == "oracle":                       # does the gate find where the LLM is right?
             truth = reliable(args, cold, tail)
             result["gate_auc"] = round(metrics.auc(truth > truth.mean(), alpha), 4)
@@ -789,7 +792,8 @@ def train(args, shared=None):
 
 def show(result):
     """The table a newcomer looks at."""
-    print(f"\n{result['recommender']}, LLM scores: {result['llm_loss']}" + (f" with gate {result['gate']}" if result["llm_loss"] == "pairwise" else ""))
+    gate = f" with gate {result['gate']}" if result["llm_loss"] == "pairwise" else ""
+    print(f"\n{result['recommender']}, LLM scores: {result['llm_loss']}{gate}")
     print(f"{'test':12}{'AUC, 1:1 rows':>16}{'AUC, full ranking':>20}{'NDCG@10':>10}")
     for cell in ("overall", "cold", "very_cold", "tail", "dense"):
         ranked = result["ranking"].get(cell, {})

@@ -171,7 +171,8 @@ class CTR(nn.Module):
         self.out = nn.Linear(hidden[-1] + crossed, 1)
 
     def fields(self, users, items, history, state=None):
-        """(B, C, F, D). state (B, D) takes the place of the user's embedding. The past is read once for all candidates of a row; DIN weighs it once for each."""
+        """(B, C, F, D). state (B, D) takes the place of the user's embedding. The past is read once for all candidates of a
+        row; DIN weighs it once for each."""
         (B, C), D = items.shape, self.item.embedding_dim
         mine = self.of_items(items)                                                           # (B, C, kinds D)
         if self.unit is not None:
