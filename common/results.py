@@ -27,7 +27,7 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
                        "--lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
                        "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
     ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 1e-2 --batch 1024 --dim 32 --epochs 12 --patience 12 "
-                     "--rank-users 100 --variants none,ones,agreement --lams 0.1 --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
+                     "--rank-users 100 --variants none,ones,paper,agreement --lams 0.1 --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
     ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
                                "--recommenders deepfm,dcnv2,din,dcn,autoint", None),
     ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
@@ -59,14 +59,15 @@ def markdown(rows):
 
 
 def put(readme, line, table):
-    """The README with the first table after the line that holds `line` replaced. Raises ValueError where there is none."""
+    """The README with the first table after the line that holds `line`, and the line below it, replaced. Raises ValueError
+    where there is none."""
     lines = readme.split("\n")
     at = next((k for k, text in enumerate(lines) if f"`{line}`" in text), None)
     start = next((k for k in range(at, len(lines)) if lines[k].startswith("|")), None) if at is not None else None
     if start is None or any(re.match("#+ ", text) for text in lines[at:start]):
         raise ValueError(f"the README has no table below `{line}`")
     end = next((k for k in range(start, len(lines)) if not lines[k].startswith("|")), len(lines))
-    if lines[end + 1:end + 2] and lines[end + 1].startswith("Seeds "):      # what `made` wrote
+    if lines[end + 1:end + 2] and lines[end + 1].startswith(("Seeds ", "Measured with ")):  # the line below a table
         end += 2
     return "\n".join(lines[:start] + table + lines[end:])
 

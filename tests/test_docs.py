@@ -70,6 +70,14 @@ def test_every_picture_in_the_readme_is_there():
     assert pictures and all((ROOT / p).is_file() for p in pictures)
 
 
+def test_the_table_of_make_bench_is_that_of_its_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    import json
+    bench = importlib.import_module("bench")
+    results = json.loads((ROOT / "tests" / "bench" / "results.json").read_text())
+    assert "\n".join(bench.table(results)) in README and len(results["rows"]) == len(bench.ROWS)
+
+
 def test_tables_are_written_from_files_and_writing_them_again_changes_nothing(tmp_path):
     from common import results
     method, data, flags, _ = results.COMMANDS[0]
