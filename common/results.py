@@ -30,6 +30,11 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
                      "--rank-users 100 --variants none,ones,paper,agreement --lams 0.1 --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
     ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
                                "--recommenders deepfm,dcnv2,din,dcn,autoint", None),
+    ("sllmr", "amazon-beauty-llm", "--ablations --seeds 0,1,2 --data amazon-beauty --scored-users 1000 --candidates 10 --extra 0.02 --tune-steps 200 "
+                                   "--prompt-history 5 --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --rank-users 100 "
+                                   "--variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
+    ("sllmr", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 1000 --cold-users 0.3 --candidates 10 --tune-steps 200 --prompt-history 5 --lr 1e-2 "
+                      "--weight-decay 1e-5 --batch 1024 --dim 32 --rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
     ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
                     "--variants 'no LLM,static,shared,codebook,full,judge all'", None),
     ("coco", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --base-epochs 3 --epochs 3 "

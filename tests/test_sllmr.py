@@ -116,6 +116,13 @@ def test_the_gate_of_agreement_learns_how_often_model_and_llm_agree_and_gives_a_
     assert float(sllmr.pair_loss(s, alpha, two, gate="agreement")) == pytest.approx((1 * 1 + 0.5 * 3) / 1.5)
 
 
+def test_the_gate_learns_from_items_that_the_loss_never_sees():
+    r = rows()
+    scored = sllmr.Scored(r, {(int(u), i): (int(u) + i) % 7 / 7 for u in r.logs.judged[:20] for i in range(int(u) % 3, 100)})
+    learned, used = (set(scored.items[scored.known & mask].tolist()) for mask in (scored.aside, ~scored.aside))
+    assert 10 < len(learned) < 50 and not learned & used and len(learned | used) == 100
+
+
 def test_uncertainty_is_between_0_and_1_largest_at_a_half_finite_anywhere_and_without_gradient():
     logit = torch.tensor([0.0, 2.0, -2.0, 1e4, -1e4], requires_grad=True)
     for kind in ("maxprob", "entropy"):
@@ -372,9 +379,7 @@ def test_every_llm_loss_moves_the_model_towards_the_llm(tmp_path, how):
 
 def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
     flags = ["--epochs", "4", "--patience", "9", "--run"]
-    straight = run(*flags, str(tmp_path / "a"))
-    assert straight.returncode == 0, straight.stderr
-    child = start(*flags, str(tmp_path / "b"))
+    straight, child = start(*flags, str(tmp_path / "a")), start(*flags, str(tmp_path / "b"))
     log = tmp_path / "b" / "metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
@@ -382,8 +387,8 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
     child.communicate()
     resumed = run(*flags, str(tmp_path / "b"), "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    last = lambda p: p.stdout.strip().splitlines()[-1]
-    assert last(resumed) == last(straight) and last(straight).startswith("RESULT {")
+    want = straight.communicate()[0].strip().splitlines()[-1]
+    assert resumed.stdout.strip().splitlines()[-1] == want and want.startswith("RESULT {")
     assert log.read_bytes() == (tmp_path / "a" / "metrics.jsonl").read_bytes()
 
 
