@@ -29,8 +29,8 @@ DEVIATIONS AND CHOICES
     LLM disagree and nothing raises it. --gate paper does that. --gate normalised divides by the sum of alpha:
     weights compete and rise where the LLM is easier to follow than on average. --gate budget keeps the mean and holds that of
     alpha near --budget. Both judge by pairs that the model is trained to follow, and a model can follow noise. --gate
-    agreement (the default) sets a share of the items aside, learns alpha_uij as the probability that the model orders a pair
-    of these as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1), before the K
+    agreement (the default) sets a share of each user's scored items aside, learns alpha_uij as the probability that the model
+    orders a pair of these as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1), before the K
     are picked: an LLM that agrees no better than a coin gets nothing. The loss is their weighted mean. fixed never learns;
     ones is the paper's "global".
   - q is detached: else the model could lower the loss by being sure.
@@ -139,7 +139,7 @@ class Args:
     pair_users: int = 16  # users per step of the second sampler
     budget: float = 0.3  # ρ: with --gate budget, the mean of α
     budget_weight: float = 10.0  # η: of the penalty η (mean α - ρ)²
-    gate_share: float = 0.25  # with --gate agreement: the share of the items that the gate learns from, and the loss does not
+    gate_share: float = 0.25  # with --gate agreement: the share of scored items that the gate learns from, and the loss does not
     # -- optimisation
     lr: float = 1e-3  # learning rate
     weight_decay: float = 0.0  # L2, added to the gradient as Adam has it
@@ -570,8 +570,7 @@ class Scored:
             self.items[row, :len(found)] = torch.tensor([i for i, _ in found])
             self.scores[row, :len(found)] = torch.tensor([s for _, s in found])
             self.known[row, :len(found)] = True
-        # Items, not pairs: what the LLM thinks of an item whoever asks could be learned from other users' pairs.
-        aside = torch.from_numpy(np.random.default_rng([rows.args.seed, 73]).random(len(rows.data.items)) < rows.args.gate_share)[self.items]
+        aside = torch.from_numpy(np.random.default_rng([rows.args.seed, 73]).random(self.known.shape)) < rows.args.gate_share
         self.items, self.scores, self.known, self.aside = (x.to(device) for x in (self.items, self.scores, self.known, aside))
         # The place that a user's LLM scores speak for: after the training part.
         self.place = torch.as_tensor(rows.logs.n_train, device=device)[self.users]

@@ -116,13 +116,6 @@ def test_the_gate_of_agreement_learns_how_often_model_and_llm_agree_and_gives_a_
     assert float(sllmr.pair_loss(s, alpha, two, gate="agreement")) == pytest.approx((1 * 1 + 0.5 * 3) / 1.5)
 
 
-def test_the_gate_learns_from_items_that_the_loss_never_sees():
-    r = rows()
-    scored = sllmr.Scored(r, {(int(u), i): (int(u) + i) % 7 / 7 for u in r.logs.judged[:20] for i in range(int(u) % 3, 100)})
-    learned, used = (set(scored.items[scored.known & mask].tolist()) for mask in (scored.aside, ~scored.aside))
-    assert 10 < len(learned) < 50 and not learned & used and len(learned | used) == 100
-
-
 def test_uncertainty_is_between_0_and_1_largest_at_a_half_finite_anywhere_and_without_gradient():
     logit = torch.tensor([0.0, 2.0, -2.0, 1e4, -1e4], requires_grad=True)
     for kind in ("maxprob", "entropy"):
