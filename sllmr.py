@@ -160,7 +160,7 @@ class Args:
             raise ValueError("--gate-init takes four numbers: cold, tail, unsure, b")
         if len(self.api_price) != 2:
             raise ValueError("--api-price takes two numbers: dollars per million tokens in, out")
-        if self.tune_steps < 0 or (self.tune_lr or 1) <= 0:
+        if self.tune_steps < 0 or (self.tune_lr is not None and self.tune_lr <= 0):
             raise ValueError("--tune-steps must not be negative, --tune-lr must be positive")
         if self.scorer == "file" and not self.scores:
             raise ValueError("--scorer file needs --scores FILE")
@@ -303,15 +303,15 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
     """A LoRA adapter for the question that will be asked: Yes after a training choice that came next, No after its negative. No
     validation or test choice is learned from; the AUC on some of validation's 1:1 rows is printed."""
     args, rng, train = rows.args, np.random.default_rng([rows.args.seed, 79]), rows.train.T.cpu().numpy()
-    lora.inject(model, "all-linear", 16, 32.0, 0.0, seed=args.seed)
+    lora.inject(model, seed=args.seed)
     rate = args.tune_lr or (2e-3 if args.backbone == "tiny" else 1e-4)
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=rate, weight_decay=0.0)
     for step in progress(range(args.tune_steps), "tuning", args.tune_steps):
         prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place) for u, place, i, j in train[rng.integers(0, len(train), batch)]])
         packed = llm.pack_tails(prefixes, [[tail + [answer] for tail, answer in zip(row, (yes, no))] for row in tails]).to(model.device)
-        answers = packed.labels[packed.valid][llm.last_slots(packed)]
-        loss = llm.over_logits(model, lambda z, y: F.cross_entropy(z, y, reduction="none"),
-                               llm.packed_hidden(model, packed)[llm.last_slots(packed)], beside=(answers,)).mean()
+        last = llm.last_slots(packed)
+        loss = llm.over_logits(model, lambda z, y: F.cross_entropy(z, y, reduction="none"), llm.packed_hidden(model, packed)[last],
+                               beside=(packed.labels[packed.valid][last],)).mean()
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 20) * (1 - step / args.tune_steps)
         optimizer.zero_grad(set_to_none=True)
@@ -852,16 +852,16 @@ def plot(folder):
     """alpha per cell over the epochs, one picture per gate. Without matplotlib the same numbers are in metrics.jsonl."""
     if (plt := pyplot()) is None:
         return
-    runs = {gate: found[-1] for gate in ("paper", "normalised", "budget", "agreement") if (found := sorted(folder.glob(f"s*/{gate}-*")))}
+    runs = {gate: found[-1] for gate in ("paper", "normalised", "budget", "agreement") if (found := sorted(folder.glob(f"s*/{gate}-*/metrics.jsonl")))}
     if not runs:
         return
     figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3.5), sharey=True, squeeze=False)
     axes = axes[0]
-    for axis, (gate, run) in zip(axes, runs.items()):
-        log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for axis, (gate, file) in zip(axes, runs.items()):
+        log = [json.loads(line) for line in file.read_text().splitlines()]
         for key in sorted(k for k in log[0] if k.startswith("alpha_")):
             axis.plot([r["step"] for r in log], [r[key] for r in log], marker="o", label=key.removeprefix("alpha_").replace("_", " user, ") + " item")
-        axis.set(title=f"--gate {gate}, λ = {run.name.split('-')[-1]}", xlabel="epoch", ylim=(0, 1))
+        axis.set(title=f"--gate {gate}, λ = {file.parent.name.split('-')[-1]}", xlabel="epoch", ylim=(0, 1))
     axes[0].set_ylabel("mean α")
     axes[0].legend()
     figure.tight_layout()

@@ -1,6 +1,7 @@
 """The README's commands, flags, files and log keys exist."""
 
 import importlib
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -72,7 +73,6 @@ def test_every_picture_in_the_readme_is_there():
 
 def test_the_table_of_make_bench_is_that_of_its_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
-    import json
     bench = importlib.import_module("bench")
     results = json.loads((ROOT / "tests" / "bench" / "results.json").read_text())
     assert "\n".join(bench.table(results)) in README and len(results["rows"]) == len(bench.ROWS)

@@ -228,19 +228,9 @@ def test_gradients_are_averaged_over_two_processes(tmp_path):
 
 
 def test_the_header_says_which_code_it_was_and_a_resumed_run_adds_its_minutes(tmp_path):
-    from dataclasses import dataclass
-
-    @dataclass
-    class Few:
-        data: str = "d"
-        backbone: str = "b"
-        seed: int = 0
-        run: str = str(tmp_path / "r")
-        resume: bool = False
-        overwrite: bool = False
     found = []
     for resume in (False, True):
-        run = Run(Few(resume=resume), "x", "f")
+        run = start(tmp_path / "r", resume=resume)
         run.header(device="cpu")
         run.since -= 120
         run.finish("a", {})

@@ -203,13 +203,20 @@ def test_tuning_learns_from_training_choices_alone_and_tells_them_from_others(mo
     yes, no = (llm.single_token(tokenizer, w) for w in ("Yes", "No"))
     asked, ask = [], sllmr.ask
     monkeypatch.setattr(sllmr, "ask", lambda rows, u, items, before=None: asked.append((int(u), items, before)) or ask(rows, u, items, before))
+    first = r.train.T.numpy()[np.random.default_rng([r.args.seed, 79]).integers(0, r.train.shape[1], 16)]
+
+    def gaps(questions):
+        return torch.stack(sllmr.score_shared(model, tokenizer, [ask(r, *q) for q in questions], yes, no))
+    untuned = gaps([(u, [i, j], place) for u, place, i, j in first])
     sllmr.tune(r, model, tokenizer, yes, no, asked=8)
     learned = asked[:12 * 16]
     assert len(asked) == 12 * 16 + 8
     for u, items, before in learned:
         mine = r.logs.sequence(u)[:r.logs.n_train[u]].tolist()
         assert before < len(mine) and items[0] == mine[before] and items[1] not in mine
-    gap = torch.stack(sllmr.score_shared(model, tokenizer, [ask(r, *row) for row in learned[:40]], yes, no))
+    gap, tuned = gaps(learned[:40]), gaps(learned[:16])
+    loss = lambda g: (torch.nn.functional.softplus(-g[:, 0]) + torch.nn.functional.softplus(g[:, 1])).mean()
+    assert loss(tuned) < loss(untuned) and (tuned[:, 0] - tuned[:, 1]).mean() > (untuned[:, 0] - untuned[:, 1]).mean()
     assert (gap[:, 0] > gap[:, 1]).float().mean() > 0.6 and "on 16 validation rows" in capsys.readouterr().out
 
 
@@ -387,6 +394,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("flags,status,message", [
     (("--oracle", "1,2,3"), 2, "--oracle takes four shares"), (("--scorer", "file"), 2, "--scorer file needs --scores"),
+    (("--tune-steps", "-1"), 2, "--tune-steps"), (("--tune-lr", "0"), 2, "--tune-lr"),
     (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl")])
 def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
     with pytest.raises(SystemExit) as stop:
