@@ -28,19 +28,9 @@ class AttentionUnit(nn.Module):
         of_q = q @ (wq + wd).T + self.first.bias                               # (B, C, H)
         of_k = k @ (wk - wd).T                                                 # (B, L, H)
         B, L, D = k.shape
-        if q.shape[1] < self.hidden and torch.is_grad_enabled():               # few candidates: they take Wp, not the past
+        if q.shape[1] < self.hidden:                                           # few candidates: they take Wp, not the past
             both = k[:, None] @ (q[:, :, None] * wp).transpose(2, 3)           # (B, C, L, H)
             return both.add_(of_q[:, :, None]).add_(of_k[:, None]).relu_() @ self.second.weight[0] + self.second.bias
-        if q.shape[1] < self.hidden:                                           # the same in blocks that stay in the cache
-            C, size = q.shape[1], max(1, 2**17 // (q.shape[1] * L * max(D, self.hidden)))
-            out, wp = q.new_empty(B, C, L), wp.T.contiguous()
-            product, hidden = q.new_empty(size, C, L, D), q.new_empty(size * C * L, self.hidden)
-            for s in range(0, B, size):
-                n = len(q[s:s + size])
-                torch.mul(q[s:s + n, :, None], k[s:s + n, None], out=product[:n])
-                block = torch.mm(product[:n].view(-1, D), wp, out=hidden[:n * C * L]).view(n, C, L, -1)
-                out[s:s + n] = block.add_(of_q[s:s + n, :, None]).add_(of_k[s:s + n, None]).relu_() @ self.second.weight[0]
-            return out + self.second.bias
         keys = (k[:, :, None, :] * wp).reshape(B, L * self.hidden, D)          # product part as one matrix product
         if torch.is_grad_enabled():
             both = (q @ keys.transpose(1, 2)).view(B, q.shape[1], L, self.hidden)
@@ -55,9 +45,17 @@ class AttentionUnit(nn.Module):
         return out + self.second.bias
 
     def forward(self, q, k, mask):
-        """Weighted sum of the past for each candidate: mask (B, L) or (B, C, L), 1 = keep -> (B, C, D)."""
-        mask = mask[:, None] if mask.dim() == 2 else mask
-        return (self.weights(q, k) * mask) @ k
+        """Weighted sum of the past for each candidate: mask (B, L), 1 = keep -> (B, C, D). Few candidates
+        ask of the past only what is there: on a CPU padding costs as much as items do."""
+        if q.shape[1] >= self.hidden:
+            return (self.weights(q, k) * mask[:, None]) @ k
+        place = mask.flatten().nonzero()[:, 0]
+        row, k = place // k.shape[1], k.flatten(0, 1).index_select(0, place)   # (N,), (N, D)
+        wq, wk, wd, wp = self.first.weight.split(self.dim, dim=1)
+        of_q = (q @ (wq + wd).T + self.first.bias).index_select(0, row)        # (N, C, H)
+        both = (q.index_select(0, row) * k[:, None]) @ wp.T
+        weights = both.add_(of_q).add_((k @ (wk - wd).T)[:, None]).relu_() @ self.second.weight[0] + self.second.bias
+        return torch.zeros_like(q).index_add_(0, row, weights[..., None] * k[:, None])
 
 
 # ---------------------------------------------------------------------------------------------------- CTR models on fields

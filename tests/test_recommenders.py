@@ -18,10 +18,16 @@ def test_the_factored_activation_unit_equals_the_concatenation_it_stands_for(can
     got = unit.weights(q, k)
     assert torch.allclose(got, want, atol=1e-10)
     g = torch.randn_like(got)
-    for x, y in zip(torch.autograd.grad(got, (q, k, unit.first.weight), g), torch.autograd.grad(want, (q, k, unit.first.weight), g)):
+    for x, y in zip(torch.autograd.grad(got, (q, k, unit.first.weight), g), torch.autograd.grad(want, (q, k, unit.first.weight), g, retain_graph=True)):
         assert torch.allclose(x, y, atol=1e-10)
     with torch.no_grad():                                                        # the serving path, in blocks
         assert torch.allclose(unit.weights(q, k), want, atol=1e-10)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0]])
+    got, want = unit(q, k, mask), (want * mask[:, None]) @ k
+    g = torch.randn_like(got)
+    assert torch.allclose(got, want, atol=1e-10) and not got[1].any()
+    for x, y in zip(torch.autograd.grad(got, (q, k, unit.first.weight), g), torch.autograd.grad(want, (q, k, unit.first.weight), g)):
+        assert torch.allclose(x, y, atol=1e-10)
 
 
 def test_padding_changes_no_score_and_the_catalogue_equals_single_candidates():
