@@ -4,7 +4,8 @@ An LLM reads a user's history once, offline, and scores some items. While the cl
 asked to keep the LLM's order, by a hinge, weighted by a gate that looks at three things: is the user cold, is the item in
 the tail, is the model unsure. When the model is served there is no LLM.
 
-  1 score     offline: (user, item) -> score in [0, 1], appended to scores.jsonl; --tune-steps teaches a small LLM the question first
+  1 score     offline: (user, item) -> score in [0, 1], appended to scores.jsonl; --tune-steps teaches a small LLM the question first,
+              --scorer encoder compares texts instead of asking
   2 train     L = L_rec + lambda L_LLM: rows 1:1 with sampled negatives, and users from a second sampler
   3 judge     AUC on 1:1 rows (the paper's) and on the full ranking; overall, cold, tail, dense
 
@@ -39,6 +40,8 @@ DEVIATIONS AND CHOICES
   - Pairs of one user hardly occur in a random batch of 128, so a second sampler draws users that have LLM scores.
   - Cold is |H| <= 3 in the paper's counts and < 3 in its text, H the targets that one may learn from; both are reported. Tail
     is the last fifth of the items by training popularity (a tenth where the LLM gets extra items).
+  - The paper's models read brand and category of Amazon's items. Where a data set comes without, --brand takes the first word
+    of the title, which is where shops put the brand.
   - The paper says full ranking; its figures are those of 1:1 rows. Both are reported.
   - KD (--llm-loss kd) is BCE against the LLM's score as a soft label, KAR (kar) gives the model the LLM's vectors of the item's
     text and of the past items' texts as inputs, pointwise is the paper's MSE. All on the same LLM.
@@ -46,6 +49,7 @@ DEVIATIONS AND CHOICES
   python sllmr.py --data toy:3000x400x60000 --cold-users 0.3                # scores from the toy's truth
   python sllmr.py --data amazon-beauty --backbone Qwen/Qwen2.5-3B            # on a GPU
   python sllmr.py --data ml1m --users 1000 --tune-steps 300                 # scores from the bundled LLM
+  python sllmr.py --data amazon-beauty --scorer encoder                      # pip install wordllama: no LLM runs at all
   OPENAI_API_KEY=... python sllmr.py --data ml1m --scorer api --api-model gpt-4o-mini --dry-run
   python sllmr.py --ablations --seeds 0,1,2 --data toy:3000x400x60000 --cold-users 0.3
 """
@@ -97,6 +101,7 @@ class Args:
     users: int | None = None  # keep a seeded sample of so many users
     cold_users: float = 0.0  # make this share of the users cold: of each only the last 5 or 6 choices are kept
     cold: int = 3  # τ_u: a cold user has at most so many training targets
+    brand: bool = False  # the first word of an item's title is one more category of it: shops name the brand first
     tail: float = 0.2  # τ_i: this share of the items, the least chosen in training, is the tail
     # -- model
     recommender: Literal["deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din"] = "dcnv2"  # the click model
@@ -105,11 +110,11 @@ class Args:
     mlp: tuple[int, ...] = (200, 80)  # hidden layers
     dropout: float = 0.1  # in the MLP
     # -- LLM scores
-    scorer: Literal["auto", "oracle", "file", "backbone", "api"] = "auto"  # truth of the toy world, file of yours, causal LM, endpoint
+    scorer: Literal["auto", "oracle", "file", "backbone", "encoder", "api"] = "auto"  # truth of the toy world, file of yours, causal LM, sentence encoder, endpoint
     scores: str | None = None  # with --scorer file: JSON lines {"user": , "item": , "score": 0..1}
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     dtype: str = "auto"  # of the backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
-    prompt_history: int = 10  # L: titles in a prompt
+    prompt_history: int = 10  # L: titles in a prompt, or that the encoder compares with
     candidates: int = 20  # M: items scored per user
     pool: int = 200  # N: the most chosen items they come from
     extra: float = 0.1  # share of the items, the least chosen, that some users score too
@@ -164,7 +169,7 @@ class Args:
             raise ValueError("--tune-steps must not be negative, --tune-lr must be positive")
         if self.scorer == "file" and not self.scores:
             raise ValueError("--scorer file needs --scores FILE")
-        for name in ("dim", "max_history", "candidates", "pool", "pairs", "pair_users", "batch", "epochs", "patience", "rank_users",
+        for name in ("dim", "max_history", "prompt_history", "candidates", "pool", "pairs", "pair_users", "batch", "epochs", "patience", "rank_users",
                      "api_parallel", "api_tries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
@@ -196,10 +201,12 @@ class Rows:
         self.very_cold = targets < args.cold
         self.rank = np.argsort(np.argsort(-count, kind="stable"), kind="stable")              # 0 = most chosen
         self.tail = self.rank >= n - int(args.tail * n)                                       # (n_items,)
-        number = {name: k for k, name in enumerate(sorted({name for c in data.categories for name in c[:8]}), 1)}
-        self.categories = np.zeros((n + 1, max(1, *(len(c[:8]) for c in data.categories))), dtype=np.int64)
-        for i, names in enumerate(data.categories, 1):
-            self.categories[i, :len(names[:8])] = [number[name] for name in names[:8]]
+        brands = [[title.lower().split()[0].strip(",;:") + " (brand)"] if args.brand else [] for title in data.titles]
+        every = [[*c[:8], *brand] for c, brand in zip(data.categories, brands)]
+        number = {name: k for k, name in enumerate(sorted({name for c in every for name in c}), 1)}
+        self.categories = np.zeros((n + 1, max(1, *map(len, every))), dtype=np.int64)
+        for i, names in enumerate(every, 1):
+            self.categories[i, :len(names)] = [number[name] for name in names]
         self.train, self.valid, self.test = (self.table(*pairs, cuda.key_seed(args.seed, f"{name} negatives") % 2**31)
                                              for name, pairs in zip(("train", "valid", "test"), asked))
 
@@ -319,9 +326,37 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
         optimizer.step()
     held = rows.valid[:, :asked].T.tolist()
     parts = [held[k:k + 8] for k in range(0, len(held), 8)]
-    s = torch.stack([gap for part in parts for gap in score_shared(model, tokenizer, [ask(rows, u, [i, j], p) for u, p, i, j in part], yes, no)])
-    alone = metrics.auc(np.tile([True, False], len(s)), s.flatten().numpy())
-    print(f"tuned on {args.tune_steps * batch:,} training choices; the LLM alone has AUC {alone:.4f} on {2 * len(s)} validation rows", flush=True)
+    print(f"tuned on {args.tune_steps * batch:,} training choices")
+    alone([gap for part in parts for gap in score_shared(model, tokenizer, [ask(rows, u, [i, j], p) for u, p, i, j in part], yes, no)])
+
+
+def alone(scores):
+    """Print what the scores (2,) of some validation rows, a target and its negative, are worth without any click model."""
+    s = np.stack([np.asarray(pair, dtype=np.float64) for pair in scores])
+    print(f"the LLM alone has AUC {metrics.auc(np.tile([True, False], len(s)), s.flatten()):.4f} on {2 * len(s)} validation rows", flush=True)
+
+
+def by_encoder(rows, wanted):
+    """How near an item's text is to the mean of the texts that the user chose last: cosine, standardised over some training
+    rows, through a sigmoid. The encoder is wordllama, an LLM's token embeddings averaged over a text: an optional package that
+    brings its weights along. What all texts have in common, their mean, is taken away first."""
+    try:
+        import wordllama
+    except ImportError:
+        raise UserError("--scorer encoder: the sentence encoder is an optional package; pip install wordllama") from None
+    encoder = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
+    text = encoder.embed(rows.logs.lines, norm=True)                                          # (n_items, 256)
+    text = text - text.mean(0)
+    text /= np.linalg.norm(text, axis=1, keepdims=True).clip(1e-9)
+
+    def cosine(u, items, before):
+        taste = text[rows.logs.sequence(u)[:before][-rows.args.prompt_history:]].mean(0)
+        return text[items] @ taste / np.linalg.norm(taste).clip(1e-9)
+    alone([cosine(u, [i, j], place) for u, place, i, j in rows.valid.T.tolist()])
+    usual = np.concatenate([cosine(u, [i, j], place) for u, place, i, j in rows.train[:, :5000].T.tolist()])
+    for u in filter(wanted.get, wanted):
+        z = (cosine(u, wanted[u], rows.logs.n_train[u]) - usual.mean()) / usual.std().clip(1e-9)
+        yield u, wanted[u], (1 / (1 + np.exp(-z))).tolist()
 
 
 def split(tokenizer, asked):
@@ -464,7 +499,7 @@ def score(args, folder, rows):
         lines = lambda u, pairs: "".join(json.dumps({"user": data.users[u], "item": data.items[i], "score": round(s, 6)}) + "\n" for i, s in pairs)
         table = {(u, i): s for (u, i), s in table.items() if u not in missing}                # or of the last user's lines
         write_atomically(path, "".join(lines(u, [(i, s)]) for (u, i), s in table.items()))
-        source = {"oracle": oracle, "backbone": by_backbone, "api": by_api}[scorer(args, rows)]
+        source = {"oracle": oracle, "backbone": by_backbone, "encoder": by_encoder, "api": by_api}[scorer(args, rows)]
         with open(path, "a", encoding="utf-8") as f:
             for u, items, scores in source(rows, missing):
                 table |= {(u, i): round(s, 6) for i, s in zip(items, scores)}

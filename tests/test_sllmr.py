@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,64 @@ def test_tuning_learns_from_training_choices_alone_and_tells_them_from_others(mo
     assert (gap[:, 0] > gap[:, 1]).float().mean() > 0.6 and "on 16 validation rows" in capsys.readouterr().out
 
 
+@pytest.fixture
+def letters(monkeypatch):
+    """In place of the optional package: an encoder that counts the letters of a text."""
+    class WordLlama:
+        load = classmethod(lambda cls, cache_dir, disable_download: cls())
+        embed = lambda self, texts, norm: np.stack([np.bincount([ord(c) % 64 for c in t], minlength=64) / len(t) for t in texts])
+    monkeypatch.setitem(sys.modules, "wordllama", types.SimpleNamespace(WordLlama=WordLlama, __file__="x/__init__.py"))
+
+
+def test_the_encoder_scores_what_reads_like_the_past_higher_and_the_same_whatever_else_is_asked(letters, capsys):
+    r = rows(prompt_history=1)
+    users = [int(u) for u in r.logs.judged[:5]]
+    last = {u: int(r.logs.sequence(u)[r.logs.n_train[u] - 1]) for u in users}
+    every = list(range(len(r.data.items)))
+    found = {u: s for u, _, s in sllmr.by_encoder(r, {u: every for u in users})}
+    assert all(found[u][last[u]] == max(found[u]) and 0 < min(found[u]) and max(found[u]) < 1 for u in users)
+    (u, items, scores), = sllmr.by_encoder(r, {users[0]: every[:9], users[1]: []})            # as when a run is resumed
+    assert (u, items) == (users[0], every[:9]) and scores == pytest.approx(found[u][:9], abs=1e-12)
+    assert f"on {2 * r.valid.shape[1]} validation rows" in capsys.readouterr().out
+
+
+def test_the_brand_is_the_first_word_of_the_title_and_one_category_more(tmp_path):
+    (tmp_path / "interactions.csv").write_text("user,item\n" + "".join(f"u{u},i{(u + k) % 5}\n" for u in range(6) for k in range(4)))
+    (tmp_path / "items.csv").write_text('item,title,categories\ni0,"OPI, red",nail|opi\ni1,opi blue,\ni2,,nail\ni3,Olay cream,\ni4,x y,\n')
+    without, r = (rows(data=str(tmp_path), cold_users=0.0, brand=brand) for brand in (False, True))
+    kinds = {item: set(r.categories[i + 1][r.categories[i + 1] > 0].tolist()) for i, item in enumerate(r.data.items)}
+    assert len(kinds["i0"]) == 3 and kinds["i1"] < kinds["i0"] and len(kinds["i1"]) == 1
+    assert len(kinds["i3"]) == 1 and not kinds["i3"] & kinds["i0"] and kinds["i2"] & kinds["i0"]
+    assert without.categories.shape[1] == 2 and without.categories.max() == 2 and not r.categories[0].any()
+
+
+def test_the_encoder_reads_no_validation_or_test_choice(letters):
+    r = rows()
+    wanted = {int(u): list(range(10)) for u in r.logs.judged}
+    before = list(sllmr.by_encoder(r, wanted))
+    for u in wanted:
+        r.logs.sequence(u)[r.logs.n_train[u]:] = 0
+    assert before == list(sllmr.by_encoder(r, wanted)) and len({tuple(s) for _, _, s in before}) > 1
+
+
+def test_the_real_encoder_knows_which_texts_are_alike():
+    pytest.importorskip("wordllama", reason="pip install wordllama")
+    r = rows()
+    r.logs.lines = [("a nail lacquer in red", "a robot fights in space")[i % 2] for i in range(len(r.data.items))]
+    for u in r.logs.judged:
+        r.logs.sequence(u)[:r.logs.n_train[u]] = 1
+    u = int(r.logs.judged[0])
+    (_, _, (lacquer, robot)), = sllmr.by_encoder(r, {u: [2, 3]})
+    assert lacquer < 0.5 < robot
+
+
+def test_without_the_encoders_package_a_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wordllama", None)
+    with pytest.raises(SystemExit) as stop:
+        sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, "--run", str(tmp_path / "r"), "--scorer", "encoder"])
+    assert stop.value.code == 1 and "pip install wordllama" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("text,message", [
     ("not json\n", ":1: not"), ('{"user": "u0", "item": "i0"}\n', ":1: not"), ('{"user": "u0", "item": "i1", "score": "x"}\n', ":1: score"),
     ('{"user": "u0", "item": "i1", "score": 0.5}\n{"user": "u0", "item": "i1", "score": NaN}\n', ":2: score"),
@@ -393,7 +452,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
 
 
 @pytest.mark.parametrize("flags,status,message", [
-    (("--oracle", "1,2,3"), 2, "--oracle takes four shares"), (("--scorer", "file"), 2, "--scorer file needs --scores"),
+    (("--oracle", "1,2,3"), 2, "--oracle takes four shares"), (("--scorer", "file"), 2, "--scorer file needs --scores"), (("--prompt-history", "0"), 2, "--prompt-history"),
     (("--tune-steps", "-1"), 2, "--tune-steps"), (("--tune-lr", "0"), 2, "--tune-lr"),
     (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl")])
 def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
