@@ -49,7 +49,7 @@ DEVIATIONS AND CHOICES
   python sllmr.py --data toy:3000x400x60000 --cold-users 0.3                # scores from the toy's truth
   python sllmr.py --data amazon-beauty --backbone Qwen/Qwen2.5-3B            # on a GPU
   python sllmr.py --data ml1m --users 1000 --tune-steps 300                 # scores from the bundled LLM
-  python sllmr.py --data amazon-beauty --scorer encoder                      # pip install wordllama: no LLM runs at all
+  python sllmr.py --data amazon-beauty --brand --scorer encoder              # pip install wordllama: no LLM runs at all
   OPENAI_API_KEY=... python sllmr.py --data ml1m --scorer api --api-model gpt-4o-mini --dry-run
   python sllmr.py --ablations --seeds 0,1,2 --data toy:3000x400x60000 --cold-users 0.3
 """
