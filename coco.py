@@ -36,7 +36,7 @@ DEVIATIONS AND CHOICES. The paper's text is not public beyond abstract and summa
 are silent, which is nearly everywhere (K, prompt length, losses' weights, recommender, metric, data).
   - z is standardised over users: states are alike, and without it all codes are nearly the same prompt.
   - The usual straight-through z + sg(c - z) gives the codes no gradient of the task: prompts would move by k-means only. [2]
-    gives it to both sides; --vq ste and ema are the usual forms, to compare.
+    gives it to both sides; --vq ste and ema are the usual forms, to compare: on the toy world all three do alike.
   - <k_u, W_t t_i> in [5], t_i the LLM's vector of the item's text: knowledge about a user is of no use to a model whose items
     are ids that the text never names. --no-match is the fusion of the state alone.
   - One text serves the next --text-every choices of its user: no text holds a choice that it is to predict, and the LLM
