@@ -29,7 +29,7 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
     ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 1e-2 --batch 1024 --dim 32 --epochs 12 --patience 12 "
                      "--rank-users 100 --margin 0.05 --variants none,ones,paper,agreement --lams 0.1 --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
     ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --brand --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
-                               "--recommenders deepfm,dcnv2,din,dcn,autoint", None),
+                               "--recommenders deepfm,xdeepfm,dcnv2,din,dcn,autoint", None),
     ("sllmr", "amazon-beauty-llm", "--ablations --seeds 0,1,2 --data amazon-beauty --scored-users 1000 --candidates 10 --extra 0.02 --tune-steps 200 "
                                    "--prompt-history 5 --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --rank-users 100 "
                                    "--variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
