@@ -414,13 +414,15 @@ def test_with_collms_loss_the_score_is_the_logit_that_was_trained(folder):
 
 
 def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(folder, tmp_path):
-    flags, start = ("--data", str(folder), *SMALL), time.perf_counter()
-    want, whole = run(*flags, "--run", str(tmp_path / "whole")).stdout.splitlines()[-1], time.perf_counter() - start
+    flags, lines = ("--data", str(folder), *SMALL), lambda name: (tmp_path / name / "metrics.jsonl").read_bytes().count(b"\n")
+    want = run(*flags, "--run", str(tmp_path / "whole")).stdout.splitlines()[-1]
     rng, killed = np.random.default_rng(0), 0
     for _ in range(int(os.environ.get("KILLS", 1))):
         process = subprocess.Popen([sys.executable, str(ROOT / "lcft.py"), *flags, "--run", str(tmp_path / "cut"), "--resume"],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        time.sleep(whole * rng.uniform(0.5, 0.95))
+        last = rng.integers(1, lines("whole"))                   # the log's line after which it is killed
+        while process.poll() is None and not ((tmp_path / "cut" / "metrics.jsonl").exists() and lines("cut") >= last):
+            time.sleep(0.02)
         killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
