@@ -22,11 +22,14 @@ class AttentionUnit(nn.Module):
         self.first = nn.Linear(4 * dim, hidden)
         self.second = nn.Linear(hidden, 1)
 
+    def parts(self, q, k):
+        """W1's parts for q (..., D) and k (..., D): Wq + Wd applied, with the bias, Wk - Wd applied, and Wp itself."""
+        wq, wk, wd, wp = self.first.weight.split(self.dim, dim=1)              # each (H, D)
+        return q @ (wq + wd).T + self.first.bias, k @ (wk - wd).T, wp
+
     def weights(self, q, k):
         """q (B, C, D) candidates, k (B, L, D) past items -> (B, C, L)."""
-        wq, wk, wd, wp = self.first.weight.split(self.dim, dim=1)              # each (H, D)
-        of_q = q @ (wq + wd).T + self.first.bias                               # (B, C, H)
-        of_k = k @ (wk - wd).T                                                 # (B, L, H)
+        of_q, of_k, wp = self.parts(q, k)                                      # (B, C, H), (B, L, H)
         B, L, D = k.shape
         if q.shape[1] < self.hidden:                                           # few candidates: they take Wp, not the past
             both = k[:, None] @ (q[:, :, None] * wp).transpose(2, 3)           # (B, C, L, H)
@@ -51,10 +54,9 @@ class AttentionUnit(nn.Module):
             return (self.weights(q, k) * mask[:, None]) @ k
         place = mask.flatten().nonzero()[:, 0]
         row, k = place // k.shape[1], k.flatten(0, 1).index_select(0, place)   # (N,), (N, D)
-        wq, wk, wd, wp = self.first.weight.split(self.dim, dim=1)
-        of_q = (q @ (wq + wd).T + self.first.bias).index_select(0, row)        # (N, C, H)
-        both = (q.index_select(0, row) * k[:, None]) @ wp.T
-        weights = both.add_(of_q).add_((k @ (wk - wd).T)[:, None]).relu_() @ self.second.weight[0] + self.second.bias
+        of_q, of_k, wp = self.parts(q, k)                                      # (B, C, H), (N, H)
+        both = (q.index_select(0, row) * k[:, None]) @ wp.T                    # (N, C, H)
+        weights = both.add_(of_q.index_select(0, row)).add_(of_k[:, None]).relu_() @ self.second.weight[0] + self.second.bias
         return torch.zeros_like(q).index_add_(0, row, weights[..., None] * k[:, None])
 
 
