@@ -82,6 +82,7 @@ class Args:
     top: int = 10  # how many titles --recommend prints
     ablations: bool = False  # run every variant of VARIANTS and print one table
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
+    variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all)
     # -- data
     min_interactions: int | None = None  # users with fewer are dropped (default: the paper's 30, on the toy world 1)
     min_rating: float = 0.0  # interactions rated lower are dropped; 0 keeps all, the literal reading
@@ -152,6 +153,10 @@ class Args:
             raise ValueError("--candidates must be between 2 and 26 (they are lettered)")
         if len(self.weights) != 3:
             raise ValueError("--weights takes three numbers: format,legal,correct")
+        if unknown := set(self.variants) - set(VARIANTS):
+            raise ValueError(f"--variants {','.join(sorted(unknown))}: among {','.join(VARIANTS)}")
+        if "full" not in self.variants and (heirs := [name for name in self.variants if VARIANTS[name][1]]):
+            raise ValueError(f"--variants {','.join(heirs)}: needs full too, whose LLM it takes over")
         if self.recommend and not self.run:
             raise ValueError("--recommend needs --run FOLDER of a finished run")
         if self.dim % self.heads:
@@ -1105,8 +1110,10 @@ def ablations(args):
     table = {}
     for seed in args.seeds or (args.seed,):
         for name, (change, phases, files) in VARIANTS.items():
+            if args.variants and name not in args.variants:
+                continue
             folder = root / f"s{seed}" / re.sub(r"\W+", "-", name)
-            now = dataclasses.replace(args, ablations=False, seeds=(), seed=seed, run=str(folder), **change)
+            now = dataclasses.replace(args, ablations=False, seeds=(), variants=(), seed=seed, run=str(folder), **change)
             print(f"\n=== {name}, seed {seed}", flush=True)
             if phases and not (folder / "args.json").exists():
                 logs = prepare(now)
@@ -1117,14 +1124,14 @@ def ablations(args):
             elif (folder / "phases.json").exists():
                 now = dataclasses.replace(now, resume=True, overwrite=False)
             table.setdefault(name, []).append(train(now))
-    full = table["full"]
+    first = next(iter(table.values()))
     columns = {"NDCG@10": lambda r: r["test"]["ndcg@10"], "Recall@10": lambda r: r["test"]["recall@10"],
                "NDCG@20": lambda r: r["test"]["ndcg@20"], "attention": lambda r: r["attention_entropy"]["mean"],
                "aligned": lambda r: r["align"]["after"]["correct"]}
-    print(f"\ntest, mean ± std over {len(full)} seeds; attention: entropy on reasons, 1 = flat; aligned: right answers of "
+    print(f"\ntest, mean ± std over {len(first)} seeds; attention: entropy on reasons, 1 = flat; aligned: right answers of "
           f"the LLM\n{'':18}" + "".join(f"{name:>18}" for name in columns))
-    table |= {name: [{"test": r[key]} for r in full] for name, key in (("popularity", "popularity"),
-              ("Bayes-optimal", "bayes_optimal")) if key in full[0]}
+    table |= {name: [{"test": r[key]} for r in first] for name, key in (("popularity", "popularity"),
+              ("Bayes-optimal", "bayes_optimal")) if key in first[0]}
     return write_table(root, args, summarise(table, columns, width=18, digits=4))
 
 

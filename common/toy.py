@@ -176,7 +176,7 @@ def make(n_users=600, n_items=400, n_interactions=15000, misled=0.1, cold=0.08, 
     length = np.where(world.cold, rng.integers(1, 3, n_users), np.maximum(5, np.round(activity * mean))).astype(int)
     length = np.minimum(length, n_items // 8)          # favourites must not run out
     if length.sum() < 0.9 * n_interactions:
-        raise ValueError(f"{n_interactions} interactions are too many for {n_users} users and {n_items} items")
+        raise ValueError(f"{n_interactions} interactions are too many for {n_users} users and {n_items} items: about {int(length.sum())} at most")
 
     # Everybody's k-th choice is drawn at once (Gumbel trick: argmax of score + noise is a draw from the softmax).
     seen = np.zeros((n_users, n_items), dtype=bool)

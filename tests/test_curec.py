@@ -418,7 +418,8 @@ def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_result_to_the_bi
 @pytest.mark.parametrize("flags, status, words", [
     (["--group", "1"], 2, "--group must be at least 2"), (["--data", "nowhere"], 1, "no such folder"),
     (["--data", "toy:5"], 1, "USERSxITEMSxINTERACTIONS"), (["--lora-targets", "wq"], 1, "no such linear layer"),
-    (["--backbone", "/nowhere"], 1, "cannot be loaded"), (["--recommend", "u1"], 2, "needs --run")])
+    (["--backbone", "/nowhere"], 1, "cannot be loaded"), (["--recommend", "u1"], 2, "needs --run"),
+    (["--ablations", "--variants", "w/o update"], 2, "w/o update: needs full too"), (["--variants", "half"], 2, "half: among full,ids only")])
 def test_a_users_mistake_is_one_clear_line(flags, status, words, tmp_path, capsys, monkeypatch):
     from common.run import main
     monkeypatch.chdir(tmp_path)
