@@ -33,7 +33,7 @@ DEVIATIONS AND CHOICES
     agreement (the default) sets a share of each user's scored items aside, learns alpha_uij as the probability that the model
     orders a pair of these as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1), before the K
     are picked: an LLM that agrees no better than a coin gets nothing. The loss is their weighted mean. fixed never learns;
-    ones is the paper's "global".
+    ones is the paper's "global"; truth, with --scorer oracle, knows where the scores are right: the most that a gate can know.
   - q is detached: else the model could lower the loss by being sure.
   - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K. m, K, M and N are not
     given: flags.
@@ -133,7 +133,7 @@ class Args:
     dry_run: bool = False  # print the first prompt and what all would cost, then stop
     # -- method
     llm_loss: Literal["pairwise", "pointwise", "kd", "kar", "none"] = "pairwise"  # how the scores are used
-    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones"] = "agreement"  # which gate
+    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones", "truth"] = "agreement"  # which gate
     gate_init: tuple[float, ...] = (1.0, 1.0, 1.0, -1.0)  # w for cold, tail, unsure; b
     gate_lr: float = 1e-2  # of its four numbers
     uncertainty: Literal["maxprob", "entropy", "dropout"] = "maxprob"  # q
@@ -567,7 +567,7 @@ def pair_loss(s, alpha, pairs, margin=1.0, gate="paper", reduction="mean", budge
     hinge, a = F.relu(margin - (s[u, i] - s[u, j])), (alpha[u, i] + alpha[u, j]) / 2
     if gate == "normalised":
         return (a * hinge).sum() / a.sum()
-    if gate == "agreement":                                      # a weighted mean, which fades out where hardly a pair has weight
+    if gate in ("agreement", "truth"):                           # a weighted mean, which fades out where hardly a pair has weight
         a = (2 * a.detach() - 1).clamp(min=0)
         return (a * hinge).sum() / (1.0 if reduction == "sum" else a.sum().clamp(min=0.1 * len(a)))
     a = {"ones": torch.ones_like(a), "fixed": a.detach()}.get(gate, a)
@@ -605,7 +605,8 @@ class Scored:
             self.items[row, :len(found)] = torch.tensor([i for i, _ in found])
             self.scores[row, :len(found)] = torch.tensor([s for _, s in found])
             self.known[row, :len(found)] = True
-        aside = torch.from_numpy(np.random.default_rng([rows.args.seed, 73]).random(self.known.shape)) < rows.args.gate_share
+        share = rows.args.gate_share if rows.args.gate == "agreement" else 0
+        aside = torch.from_numpy(np.random.default_rng([rows.args.seed, 73]).random(self.known.shape)) < share
         self.items, self.scores, self.known, self.aside = (x.to(device) for x in (self.items, self.scores, self.known, aside))
         # The place that a user's LLM scores speak for: after the training part.
         self.place = torch.as_tensor(rows.logs.n_train, device=device)[self.users]
@@ -648,6 +649,9 @@ def logits_of(model, scored, pick):
 
 def alphas(args, model, scored, pick, s):
     """The gate's (U, M) where the model says s. The dropout kind of q asks the model five times more."""
+    if args.gate == "truth":
+        right = reliable(args, scored.cold[pick].cpu(), scored.tail[pick].cpu())
+        return torch.as_tensor((1 + right) / 2, dtype=s.dtype, device=s.device)
     draws, training = None, model.training
     if args.uncertainty == "dropout":
         model.train()
@@ -666,11 +670,11 @@ def regulariser(args, model, scored, pick):
     if args.llm_loss == "kd":
         return F.binary_cross_entropy_with_logits(s[known], scores[known])
     alpha = alphas(args, model, scored, pick, s)
-    if args.gate != "agreement":
+    if args.gate not in ("agreement", "truth"):
         return pair_loss(s, alpha, pick_pairs(scores, known, args.pairs), args.margin, args.gate, args.reduction, (args.budget, args.budget_weight))
     aside, a = scored.aside[pick], alpha.detach()
     pairs = pick_pairs(scores, known & ~aside, args.pairs, (a[:, :, None] + a[:, None, :] - 1).clamp(min=0))
-    learned = agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs))
+    learned = agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs)) if args.gate == "agreement" else 0
     return pair_loss(s, alpha, pairs, args.margin, args.gate, args.reduction) + learned
 
 
@@ -789,6 +793,8 @@ def train(args, shared=None):
     cuda.seed_everything(args.seed)
     device = cuda.pick_device(args.device)
     rows = Rows(args, device)
+    if args.gate == "truth" and scorer(args, rows) != "oracle":
+        raise UserError("--gate truth: where scores are right is only known of the toy world's (--scorer oracle); take another gate")
     if args.dry_run:
         return estimate(rows)
     run = Run(args, "sllmr", rows.data.fingerprint)
@@ -812,7 +818,7 @@ def train(args, shared=None):
     result = {"script": "sllmr", "data": rows.data.name, "recommender": args.recommender, "llm_loss": args.llm_loss, "gate": args.gate,
               "lam": args.lam, "seed": args.seed, "train": run.done("train"), "valid": judge_rows(model, rows, rows.valid),
               "test": judge_rows(model, rows, rows.test), "ranking": judge_ranking(model, rows)}
-    if scored is not None and args.llm_loss == "pairwise" and args.gate != "ones":
+    if scored is not None and args.llm_loss == "pairwise" and args.gate not in ("ones", "truth"):
         alpha, cold, tail = gate_view(args, model, scored)
         result["gate_map"] = gate_map(rows, scored, alpha)
         numbers = (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item())
@@ -849,6 +855,7 @@ VARIANTS = {   # name: what changes
     "normalised": {"gate": "normalised"},
     "budget": {"gate": "budget"},
     "agreement": {"gate": "agreement"},
+    "truth": {"gate": "truth"},
 }
 WITHOUT_LAMBDA = ("none", "KAR")
 CELLS = ("overall", "cold", "very_cold", "tail", "dense")
@@ -858,9 +865,10 @@ def ablations(args):
     """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model on test, and
     (with matplotlib) gate.png: alpha per cell over the epochs. --resume goes on where it stopped."""
     root = Path(args.run or f"runs/sllmr-ablations-{Path(args.data).name.replace(':', '-')}")
+    known = [name for name in VARIANTS if name != "truth" or args.data.startswith("toy") and args.scorer in ("auto", "oracle")]
     tables = {}   # {recommender, variant, lambda: its row}
     for recommender in args.recommenders or (args.recommender,):
-        found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)} for name in args.variants or VARIANTS}
+        found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)} for name in args.variants or known}
         for seed in args.seeds or (args.seed,):
             for name, by_lam in found.items():
                 for lam in by_lam:

@@ -117,6 +117,20 @@ def test_the_gate_of_agreement_learns_how_often_model_and_llm_agree_and_gives_a_
     assert float(sllmr.pair_loss(s, alpha, two, gate="agreement")) == pytest.approx((1 * 1 + 0.5 * 3) / 1.5)
 
 
+def test_the_gate_of_truth_follows_no_pair_of_which_both_scores_are_noise():
+    r = rows(gate="truth")
+    wanted = sllmr.candidates(r)
+    scored = sllmr.Scored(r, {(u, i): s for u, items, scores in sllmr.oracle(r, wanted) for i, s in zip(items, scores)})
+    model = sllmr.Model(r.args, r)
+    model.eval()
+    asked = []
+    model.forward = lambda users, place, items: asked.append(torch.zeros(items.shape, requires_grad=True)) or asked[-1]
+    some = ((scored.tail | scored.cold) & scored.known).any(1)      # the others have noise only
+    assert some.any() and not some.all()
+    sllmr.regulariser(r.args, model, scored, torch.arange(len(some))).backward()
+    assert asked[0].grad[some].any() and not asked[0].grad[~some].any()
+
+
 def test_uncertainty_is_between_0_and_1_largest_at_a_half_finite_anywhere_and_without_gradient():
     logit = torch.tensor([0.0, 2.0, -2.0, 1e4, -1e4], requires_grad=True)
     for kind in ("maxprob", "entropy"):
@@ -453,7 +467,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("flags,status,message", [
     (("--oracle", "1,2,3"), 2, "--oracle takes four shares"), (("--scorer", "file"), 2, "--scorer file needs --scores"), (("--prompt-history", "0"), 2, "--prompt-history"),
-    (("--tune-steps", "-1"), 2, "--tune-steps"), (("--tune-lr", "0"), 2, "--tune-lr"),
+    (("--gate", "truth", "--scorer", "file", "--scores", "x"), 1, "--gate truth"), (("--tune-steps", "-1"), 2, "--tune-steps"), (("--tune-lr", "0"), 2, "--tune-lr"),
     (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl")])
 def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
     with pytest.raises(SystemExit) as stop:
