@@ -265,17 +265,19 @@ def candidates(rows):
 
 
 def oracle(rows, wanted):
-    """Scores from the toy world's truth p_like, replaced by noise outside the cells that --oracle calls reliable."""
+    """Scores from the toy world's truth, an item's place in the order of what the user would choose next; noise outside the
+    cells that --oracle calls reliable."""
     world, args = rows.data.world, rows.args
     if world is None:
         raise UserError("--scorer oracle: only the toy world knows the truth; take backbone, api or file")
-    rng = np.random.default_rng([args.seed, 61])
-    for u, items in wanted.items():
-        items = np.array(items, dtype=int)
-        raw = [int(rows.data.items[i][1:]) for i in items]
-        true = world.p_like(np.full(len(items), int(rows.data.users[u][1:])), raw)
-        kept = rng.random(len(items)) < reliable(args, rows.cold[u], rows.tail[items])
-        yield u, items.tolist(), np.where(kept, true, rng.random(len(items))).tolist()
+    rng, users = np.random.default_rng([args.seed, 61]), list(wanted)
+    number = lambda names: np.array([int(name[1:]) for name in names], dtype=int)             # "u7" -> 7
+    raw_items = number(rows.data.items)
+    for part in (users[k:k + 256] for k in range(0, len(users), 256)):
+        for u, order in zip(part, world.order(number(rows.data.users[u] for u in part))):
+            items = np.array(wanted[u], dtype=int)
+            kept = rng.random(len(items)) < reliable(args, rows.cold[u], rows.tail[items])
+            yield u, items.tolist(), np.where(kept, order[raw_items[items]], rng.random(len(items))).tolist()
 
 
 def reliable(args, cold, tail):

@@ -15,7 +15,7 @@ THE GENERATIVE MODEL
   misled   a share of the users are variety seekers: their semantic part is minus the overlap of item i with their
            last 10 choices. Whoever reads their history and recommends more of the same is wrong.
   choice   P(next = i | u, t, history) ~ exp(b_i + s(u,i,t)) over the items not chosen yet
-  rating   like with p_like(u, i) = sigmoid(s - 7): rating 4 or 5, otherwise 1 to 3
+  rating   like with probability sigmoid(s - 7): rating 4 or 5, otherwise 1 to 3
   activity log-normal; a share of cold users has only 1 or 2 choices
 """
 
@@ -106,13 +106,6 @@ class World:
             recent[row, 10 - len(mine):] = mine
         return recent
 
-    def p_like(self, users, items):
-        """The true probability that user u likes item i after the last choice, arrays (n,) -> (n,)."""
-        users, items = np.atleast_1d(users), np.atleast_1d(items)
-        distinct, row = np.unique(users, return_inverse=True)
-        s = self.taste(distinct, np.ones(len(distinct)), self._last_state(distinct))
-        return 1 / (1 + np.exp(7 - s[row, items]))
-
     def p_next(self, users, before, length):
         """The Bayes-optimal next-item scores: log P(i | u, t, history) up to a constant, (B, n_items).
 
@@ -120,6 +113,13 @@ class World:
         """
         t = np.where(length > 1, before / np.maximum(length - 1, 1), 0.0)
         return self.bias + self.taste(users, t, self._last_state(users, before))
+
+    def order(self, users):
+        """Where each item stands in the true order of what users (B,) choose after their training choices, that is before
+        the last two: (B, n_items), from 0, the least likely, to 1."""
+        length = np.bincount(self.user, minlength=len(self.cold))[users]
+        place = self.p_next(users, np.maximum(length - 2, 0), length).argsort(1).argsort(1)
+        return place / (place.shape[1] - 1)
 
     def data(self):
         """What a recommender may see, as common.data.Data."""

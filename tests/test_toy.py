@@ -43,10 +43,12 @@ def test_popularity_has_a_head_and_a_tail_and_cold_users_have_fewer_than_three()
     assert (length[WORLD.cold] < 3).all() and 20 < WORLD.cold.sum() < 90
 
 
-def test_p_like_is_calibrated_for_the_choices_that_were_drawn_last():
+def test_ratings_follow_the_taste_of_the_choices_that_were_drawn_last():
     """Ratings are drawn from s at the time; at the last choice that is nearly the final taste."""
     last = [np.flatnonzero(WORLD.user == u)[-1] for u in np.flatnonzero(~WORLD.cold & ~WORLD.misled)]
-    p = WORLD.p_like(WORLD.user[last], WORLD.item[last])
+    users = WORLD.user[last]
+    taste = WORLD.taste(users, np.ones(len(users)), WORLD._last_state(users))
+    p = 1 / (1 + np.exp(7 - taste[np.arange(len(users)), WORLD.item[last]]))
     liked = WORLD.rating[last] >= 4
     assert abs(p.mean() - liked.mean()) < 0.06
     assert p[liked].mean() > p[~liked].mean() + 0.2
@@ -72,6 +74,18 @@ def test_the_truth_ranks_better_than_popularity_and_than_the_truth_without_text_
     semantic = WORLD.p_next(users, length - 1, length) - 0.8 * WORLD.factor_user[users] @ WORLD.factor_item.T / 2
     assert full > ndcg(semantic) + 0.02 and full > ndcg(collaborative) + 0.1 and ndcg(collaborative) > popular
     assert full > 0.4
+
+
+def test_the_order_of_items_is_that_before_the_last_two_choices_from_0_to_1():
+    seqs = sequences(WORLD)
+    users = np.array([u for u in range(600) if len(seqs[u]) >= 5])
+    order, length = WORLD.order(users), np.array([len(seqs[u]) for u in users])
+    assert np.allclose(np.sort(order, 1), np.linspace(0, 1, 400))
+    next_ = WORLD.p_next(users, length - 2, length)
+    assert (order.argmax(1) == next_.argmax(1)).all() and (order.argmin(1) == next_.argmin(1)).all()
+    misled = WORLD.misled[users]                                   # their taste looks at the last choices
+    assert (next_ != WORLD.p_next(users, length - 1, length))[misled].any(1).mean() > 0.5
+    assert order[np.arange(len(users)), [seqs[u][-2] for u in users]].mean() > 0.85
 
 
 def test_more_of_the_same_is_right_for_most_users_and_wrong_for_the_misled():
