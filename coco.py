@@ -82,7 +82,7 @@ from common.sequences import Logs
 @dataclass
 class Args:
     # -- run
-    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
+    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS[:MISLED], the share of misled users), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
     data_dir: str | None = None  # a folder that already holds the data sets (else LLMREC_DATA, else download)
     max_bad_rows: int = 0  # broken rows to skip before giving up
     run: str | None = None  # run folder (default: runs/coco-DATA-BACKBONE-sSEED)

@@ -127,17 +127,18 @@ def cache_folder(cache_dir=None):
 
 
 def load(name, data_dir=None, max_bad_rows=0, seed=0, download=True, cache_dir=None):
-    """`toy`, `toy:USERSxITEMSxINTERACTIONS`, one of SOURCES, or a folder -> Data. The seed is the toy's.
+    """`toy`, `toy:USERSxITEMSxINTERACTIONS[:MISLED]`, one of SOURCES, or a folder -> Data. The seed is the toy's.
 
     A named data set is looked for in data_dir, LLMREC_DATA and the cache, then downloaded. Raises UserError.
     """
     if name.split(":")[0] == "toy":
         from common import toy
-        sizes = re.fullmatch(r"toy(?::(\d+)x(\d+)x(\d+))?", name)
+        sizes = re.fullmatch(r"toy(?::(\d+)x(\d+)x(\d+)(?::(0?\.\d+|[01]))?)?", name)
         if sizes is None:
-            raise UserError(f"--data {name}: the toy world's sizes are written toy:USERSxITEMSxINTERACTIONS")
+            raise UserError(f"--data {name}: the toy world's sizes are written toy:USERSxITEMSxINTERACTIONS, and after another : "
+                            "the share of misled users, such as 0.3")
         try:
-            return toy.make(*(int(n) for n in sizes.groups() if n), seed=seed).data()
+            return toy.make(*(float(n) if k == 3 else int(n) for k, n in enumerate(sizes.groups()) if n), seed=seed).data()
         except ValueError as problem:
             raise UserError(f"--data {name}: {problem}") from None
     if name in SOURCES:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from common import toy
+from common import data, toy
 
 WORLD = toy.make()
 
@@ -112,3 +112,12 @@ def test_impossible_sizes_are_refused():
     for sizes in (dict(n_users=1), dict(n_items=5), dict(n_interactions=10**6), dict(misled=2)):
         with pytest.raises(ValueError):
             toy.make(**sizes)
+
+
+def test_the_data_name_gives_sizes_and_the_share_of_misled_users():
+    world = data.load("toy:200x120x2000:0.5").world
+    assert len(world.cold) == 200 and len(world.titles) == 120 and 0.4 < world.misled.mean() < 0.6
+    assert data.load("toy:200x120x2000").fingerprint != world.name == data.load("toy:200x120x2000:.5").fingerprint
+    for broken in ("toy:200x120x2000:2", "toy:200x120:0.3", "toy:0.3", "toy:200x120x2000:"):
+        with pytest.raises(data.UserError, match="share of misled users"):
+            data.load(broken)
