@@ -122,9 +122,13 @@ def parse(Args, doc, argv=None):
 def main(Args, train, doc, argv=None):
     """Run train(parse(...)). A user's mistake is one line on standard error and status 1, an interrupt status 130."""
     args = parse(Args, doc, argv)
+    Run.made.clear()
     try:
         train(args)
     except UserError as problem:
+        for folder in Run.made:                                              # a run that got nowhere would be in the way of the next
+            if all(f.name in ("args.json", "header.json") or f.is_file() and not f.stat().st_size for f in folder.iterdir()):
+                shutil.rmtree(folder)
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -226,6 +230,8 @@ class Run:
     Raises UserError when the folder holds another run, or one with other settings.
     """
 
+    made = []                                                                # the folders that this process has begun
+
     def __init__(self, args, script, fingerprint, free=(), rank=0):
         self.script, self.clock, self.rank, self.since = script, None, rank, time.perf_counter()
         tail = f"{Path(args.data).name}-{Path(args.backbone).name}-s{args.seed}"
@@ -254,6 +260,8 @@ class Run:
                 raise UserError(f"cannot resume {self.folder}, it was started with other settings ({'; '.join(differ)})")
         elif self.folder.exists() and any(self.folder.iterdir()) and not args.resume:
             raise UserError(f"{self.folder} is not empty and holds no run; name another folder with --run")
+        if not path.exists():
+            Run.made.append(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(identity, indent=1, sort_keys=True))
         self.phases = json.loads((self.folder / "phases.json").read_text()) if (self.folder / "phases.json").exists() else {}

@@ -78,6 +78,23 @@ def test_a_users_mistake_is_one_line_without_traceback(problem, status, words, c
     assert stop.value.code == status and words in err and "Traceback" not in err
 
 
+def test_a_mistake_that_shows_late_leaves_no_folder_in_the_way_unless_work_was_done(tmp_path):
+    def train(args, work):
+        run = Run(args, "t", "abc")
+        run.header(device="cpu")
+        (run.folder / "scores.jsonl").touch()
+        if work:
+            run.log("phase", 1, 2, loss=1.0)
+        raise UserError("too late")
+    for work in (False, True):
+        with pytest.raises(SystemExit):
+            main(Args, lambda args: train(args, work), "", ["--run", str(tmp_path / "r")])
+        assert (tmp_path / "r").exists() == work
+    with pytest.raises(SystemExit):                                # a folder of an earlier process stays
+        main(Args, lambda args: train(args, False), "", ["--run", str(tmp_path / "r"), "--resume"])
+    assert (tmp_path / "r" / "metrics.jsonl").exists()
+
+
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         main(Args, lambda args: 1 / 0, "", [])
