@@ -437,7 +437,7 @@ def test_every_way_of_using_the_scores_ends_with_a_result(tmp_path, capsys, flag
 @pytest.mark.parametrize("how", [("--gate", "ones"), ("--gate", "agreement"), ("--llm-loss", "pointwise"), ("--llm-loss", "kd")])
 def test_every_llm_loss_moves_the_model_towards_the_llm(tmp_path, how):
     def near(name, *flags):
-        args = parse(sllmr.Args, "", [*SMALL, "--oracle", "1,1,1,1", "--lr", "1e-2", "--epochs", "3", "--patience", "9", "--run", str(tmp_path / name), *flags])
+        args = parse(sllmr.Args, "", [*SMALL, "--oracle", "1,1,1,1", "--lr", "1e-2", "--epochs", "5", "--patience", "9", "--run", str(tmp_path / name), *flags])
         rows_ = sllmr.Rows(args, torch.device("cpu"))
         scored = sllmr.Scored(rows_, sllmr.score(args, tmp_path / "scores", rows_))
         model, _ = sllmr.fit(args, sllmr.Run(args, "sllmr", "x"), rows_, scored if flags else None, None)
