@@ -21,13 +21,14 @@ from common.run import write_atomically
 ROOT = Path(__file__).parent.parent
 COMMANDS = (   # method, data, flags, the picture that the README shows
     ("curec", "toy", "--ablations --seeds 0,1,2 --data toy", None),
+    ("curec", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --variants 'ids only' --min-interactions 1 --rm-batch 64 --negative-power 0.75 --rm-epochs 10", None),
     ("lcft", "toy", "--ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 "
                     "--variants off,official:1e-4,official:1e-2,paper,swap,neg-ce", "ece.png"),
     ("lcft", "ml100k", "--ablations --seeds 0,1,2 --data ml100k --steps 400 --batch 16 --eval-every 100 --eval-rows 400 --prompt-history 3 "
                        "--lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
                        "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
-    ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 1e-2 --batch 1024 --dim 32 --epochs 12 --patience 12 "
-                     "--rank-users 100 --margin 0.05 --variants none,ones,paper,agreement --lams 0.1 --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
+    ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 3e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 30 "
+                     "--patience 4 --rank-users 100 --margin 0.05 --variants none,ones,paper,agreement,truth --lams 0.1 --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
     ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --brand --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
                                "--recommenders deepfm,xdeepfm,dcnv2,din,dcn,autoint", None),
     ("sllmr", "amazon-beauty-llm", "--ablations --seeds 0,1,2 --data amazon-beauty --scored-users 1000 --candidates 10 --extra 0.02 --tune-steps 200 "
