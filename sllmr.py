@@ -38,6 +38,8 @@ DEVIATIONS AND CHOICES
   - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K. m, K, M and N are not
     given: flags.
   - Pairs of one user hardly occur in a random batch of 128, so a second sampler draws users that have LLM scores.
+  - The K largest gaps among these users (--pick largest, the literal reading) are mostly those of the users with the most scores,
+    and never those in the middle of a ranking. --pick sample takes of each user as many pairs, at random.
   - Cold is |H| <= 3 in the paper's counts and < 3 in its text, H the targets that one may learn from; both are reported. Tail
     is the last fifth of the items by training popularity (a tenth where the LLM gets extra items).
   - The paper's models read brand and category of Amazon's items. Where a data set comes without, --brand takes the first word
@@ -140,6 +142,7 @@ class Args:
     lam: float = 0.1  # λ
     margin: float = 1.0  # m, on logits
     pairs: int = 256  # K: pairs per step
+    pick: Literal["largest", "sample"] = "largest"  # the K pairs with the largest gap, or random ones, of each user as many
     reduction: Literal["mean", "sum"] = "mean"  # over pairs
     pair_users: int = 16  # users per step of the second sampler
     budget: float = 0.3  # ρ: with --gate budget, the mean of α
@@ -551,14 +554,18 @@ def uncertainty(logit, kind="maxprob", draws=None):
     return -(p * F.logsigmoid(logit) + (1 - p) * F.logsigmoid(-logit)) / math.log(2)
 
 
-def pick_pairs(scores, known, most, weight=1.0):
+def pick_pairs(scores, known, most, weight=1.0, pick="largest"):
     """[3] scores, known (U, M) -> (user row, i, j), each (P,), P <= most: the largest gaps of LLM scores (times a weight
-    (U, M, M)) over the users of a batch, both items of one user, the better first. Ties and missing scores make no pair."""
-    gap = (scores[:, :, None] - scores[:, None, :]).masked_fill(~(known[:, :, None] & known[:, None, :]), 0)
-    gap = (gap * weight).flatten()
-    top = gap.topk(min(most, int((gap > 0).sum())))
+    (U, M, M)) of all users, or of each user a random most / U whose gap (times weight) is not 0; both items of one user, the
+    better first. Ties and missing scores make no pair."""
     M = scores.shape[1]
-    return top.indices // M**2, top.indices // M % M, top.indices % M
+    gap = (scores[:, :, None] - scores[:, None, :]).masked_fill(~(known[:, :, None] & known[:, None, :]), 0)
+    gap = (gap * weight).view(1, -1)
+    if pick == "sample":
+        gap = ((gap > 0) * torch.rand_like(gap)).view(len(scores), -1)
+    top = gap.topk(min(max(most // len(gap), 1), gap.shape[1]))
+    chosen = (top.indices + torch.arange(0, gap.numel(), gap.shape[1], device=gap.device)[:, None])[top.values > 0]
+    return chosen // M**2, chosen // M % M, chosen % M
 
 
 def pair_loss(s, alpha, pairs, margin=1.0, gate="paper", reduction="mean", budget=(0.3, 10.0)):
@@ -673,10 +680,10 @@ def regulariser(args, model, scored, pick):
         return F.binary_cross_entropy_with_logits(s[known], scores[known])
     alpha = alphas(args, model, scored, pick, s)
     if args.gate not in ("agreement", "truth"):
-        return pair_loss(s, alpha, pick_pairs(scores, known, args.pairs), args.margin, args.gate, args.reduction, (args.budget, args.budget_weight))
+        return pair_loss(s, alpha, pick_pairs(scores, known, args.pairs, pick=args.pick), args.margin, args.gate, args.reduction, (args.budget, args.budget_weight))
     aside, a = scored.aside[pick], alpha.detach()
-    pairs = pick_pairs(scores, known & ~aside, args.pairs, (a[:, :, None] + a[:, None, :] - 1).clamp(min=0))
-    learned = agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs)) if args.gate == "agreement" else 0
+    pairs = pick_pairs(scores, known & ~aside, args.pairs, (a[:, :, None] + a[:, None, :] - 1).clamp(min=0), args.pick)
+    learned = agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs, pick=args.pick)) if args.gate == "agreement" else 0
     return pair_loss(s, alpha, pairs, args.margin, args.gate, args.reduction) + learned
 
 

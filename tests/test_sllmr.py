@@ -41,6 +41,20 @@ def test_the_pairs_are_those_with_the_largest_gaps_of_one_user_and_never_ties_or
     assert torch.stack(sllmr.pick_pairs(scores, known, 2, doubt), 1).tolist() == [[1, 1, 0], [0, 0, 1]]
 
 
+def test_sampled_pairs_are_any_of_a_user_and_each_user_gives_as_many():
+    scores = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.21, 0.22], [0.4, 0.4, 0.4]])
+    known, drawn = torch.ones(3, 3, dtype=torch.bool), set()
+    for _ in range(50):
+        u, i, j = sllmr.pick_pairs(scores, known, 3, pick="sample")
+        assert u.tolist() == [0, 1] and (scores[u, i] > scores[u, j]).all()                   # user 2 has ties only
+        drawn |= set(zip(u.tolist(), i.tolist(), j.tolist()))
+    assert len(drawn) == 6                                                                    # all pairs of users 0 and 1
+    assert len(sllmr.pick_pairs(scores, known, 10**6, pick="sample")[0]) == 6                 # each pair once
+    weight = torch.zeros(3, 3, 3)
+    weight[1, 2, 0] = 0.1
+    assert torch.stack(sllmr.pick_pairs(scores, known, 30, weight, "sample"), 1).tolist() == [[1, 2, 0]]
+
+
 def test_the_pair_loss_by_hand():
     s, alpha = torch.tensor([[2.0, 0.5, 1.0]]), torch.tensor([[0.2, 0.4, 0.8]])
     pairs = torch.tensor([0, 0]), torch.tensor([1, 0]), torch.tensor([0, 2])     # (1 over 0): 1 - (0.5 - 2) = 2.5; (0 over 2): 0
