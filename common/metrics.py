@@ -89,9 +89,9 @@ def calibration(label, probability, bins=10):
 
 
 def summary(values, digits=6):
-    """mean_std for JSON: {"mean": , "std": }, rounded; std None where there is none."""
+    """mean_std for JSON: {"mean": , "std": , "values": }, rounded; std None where there is none."""
     mean, std = mean_std(values)
-    return {"mean": round(mean, digits), "std": None if np.isnan(std) else round(std, digits)}
+    return {"mean": round(mean, digits), "std": None if np.isnan(std) else round(std, digits), "values": [round(float(v), digits) for v in values]}
 
 
 def shown(cell):

@@ -3,6 +3,7 @@
     python -m common.results                    # everything, resumable; hours on 2 cores
     python -m common.results --method lcft --data toy
     python -m common.results --render           # only write the tables of finished runs
+    python -m common.results --method sllmr --data toy --against none    # print differences, seed by seed, to a row of a table
 
 A table stands in the README below the line that holds its command; no number in it is typed.
 """
@@ -16,6 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from common import metrics
 from common.run import write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +72,24 @@ def markdown(rows):
         f"| {name} | " + " | ".join(cell(row.get(c)) for c in columns) + " |" for name, row in rows.items()]
 
 
+def against(rows, base):
+    """What each row gains over the row `base`, seed by seed: {name: {column: summary of the differences}}. Rows are called
+    NAME or NAME VALUE; where tables of several models are one ("MODEL, NAME"), each is compared within its model, and
+    "mean, NAME VALUE" is the mean over the models. Raises ValueError where there is no such row."""
+    parts = {name: name.rpartition(", ")[::2] for name in rows}                               # model (or nothing), name with its value
+    bases = {model: rows[name] for name, (model, variant) in parts.items() if re.fullmatch(re.escape(base) + r"( [\d.e-]+)?", variant)}
+    gains, means = {}, {}
+    for name, (model, variant) in parts.items():
+        if model not in bases:
+            raise ValueError(f"no row {base} beside {name}")
+        if rows[name] is not bases[model]:
+            gains[name] = {c: np.subtract(cell["values"], bases[model][c]["values"]) for c, cell in rows[name].items() if c in bases[model]}
+            means.setdefault(variant, []).append(gains[name])
+    if len(bases) > 1:
+        gains |= {f"mean, {name}": {c: np.mean([g[c] for g in found], 0) for c in found[0]} for name, found in means.items()}
+    return {name: {c: metrics.summary(v) for c, v in row.items()} for name, row in gains.items()}
+
+
 def put(readme, line, table):
     """The README with the first table after the line that holds `line`, and the line below it, replaced. Raises ValueError
     where there is none."""
@@ -109,10 +131,20 @@ def main(argv=None):
     parser.add_argument("--method", help="one of " + ", ".join(sorted({m for m, *_ in COMMANDS})))
     parser.add_argument("--data", help="one of " + ", ".join(sorted({d for _, d, *_ in COMMANDS})))
     parser.add_argument("--render", action="store_true", help="run nothing")
+    parser.add_argument("--against", metavar="ROW", help="run nothing; print what each row of the finished tables gains over this one")
     args = parser.parse_args(argv)
     chosen = [c for c in COMMANDS if args.method in (None, "", c[0]) and args.data in (None, "", c[1])]
     if not chosen:
         parser.error(f"nothing to do for --method {args.method} --data {args.data}")
+    if args.against:
+        for method, data, *_ in chosen:
+            if (file := ROOT / folder(method, data) / "table.json").exists():
+                try:
+                    gains = against(json.loads(file.read_text(encoding="utf-8"))["ablations"], args.against)
+                except (ValueError, KeyError) as problem:                            # a table of an earlier version has no "values"
+                    parser.error(f"{folder(method, data)}: {problem if isinstance(problem, ValueError) else 'made by an earlier version; run it again'}")
+                print("\n".join([f"{folder(method, data)}: differences to {args.against}, mean ± std over seeds", *markdown(gains)]))
+        return
     for method, data, flags, _ in () if args.render else chosen:
         print(f"\n##### {command(method, flags)}", flush=True)
         out = subprocess.run([sys.executable, f"{method}.py", *shlex.split(flags), "--run", str(folder(method, data)), "--resume"], cwd=ROOT)

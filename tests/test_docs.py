@@ -6,6 +6,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {p.stem: p.read_text() for p in ROOT.glob("*.py")}
@@ -69,6 +71,21 @@ def test_every_table_of_make_results_stands_in_the_readme_below_its_command():
 def test_every_picture_in_the_readme_is_there():
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
     assert pictures and all((ROOT / p).is_file() for p in pictures)
+
+
+def test_the_gain_over_a_row_is_the_mean_of_the_differences_seed_by_seed():
+    from common import metrics, results
+    rows = {"din, none 0": {"AUC": metrics.summary([0.5, 0.7]), "cold": metrics.summary([0.1, 0.1])},
+            "din, gate 0.1": {"AUC": metrics.summary([0.6, 0.9]), "gate AUC": metrics.summary([1, 1])},
+            "dcn, none 0": {"AUC": metrics.summary([0.5, 0.5])}, "dcn, gate 0.1": {"AUC": metrics.summary([0.5, 0.6])}}
+    gains = results.against(rows, "none")
+    assert list(gains) == ["din, gate 0.1", "dcn, gate 0.1", "mean, gate 0.1"] and list(gains["din, gate 0.1"]) == ["AUC"]
+    assert [g["AUC"]["values"] for g in gains.values()] == [[0.1, 0.2], [0.0, 0.1], [0.05, 0.15]]
+    assert gains["din, gate 0.1"]["AUC"]["mean"] == 0.15 and gains["din, gate 0.1"]["AUC"]["std"] == pytest.approx(0.1 / 2**0.5, abs=1e-6)
+    plain = {"no LLM": rows["din, none 0"], "judge all": rows["dcn, none 0"], "judge": rows["din, gate 0.1"]}
+    assert list(results.against(plain, "no LLM")) == ["judge all", "judge"] and list(results.against(plain, "judge")) == ["no LLM", "judge all"]
+    with pytest.raises(ValueError, match="no row twos"):
+        results.against(rows, "twos")
 
 
 def test_the_table_of_make_bench_is_that_of_its_results(monkeypatch):
