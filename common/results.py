@@ -28,6 +28,8 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
     ("curec", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --variants 'ids only' --min-interactions 1 --rm-batch 64 --negative-power 0.75 --rm-epochs 10", None),
     ("lcft", "toy", "--ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 "
                     "--variants off,official:1e-4,official:1e-2,paper,swap,neg-ce", "ece.png"),
+    ("lcft", "toy-long", "--ablations --seeds 0,1,2 --data toy --steps 400 --batch 32 --eval-every 50 --eval-rows 500 --lora-targets all-linear --lora-rank 16 "
+                         "--keep last --variants off,paper:0.1,swap:1,neg-ce:1", None),
     ("lcft", "ml100k", "--ablations --seeds 0,1,2 --data ml100k --steps 400 --batch 16 --eval-every 100 --eval-rows 400 --prompt-history 3 "
                        "--lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
                        "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
