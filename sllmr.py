@@ -555,9 +555,9 @@ def uncertainty(logit, kind="maxprob", draws=None):
 
 
 def pick_pairs(scores, known, most, weight=1.0, pick="largest"):
-    """[3] scores, known (U, M) -> (user row, i, j), each (P,), P <= most: the largest gaps of LLM scores (times a weight
-    (U, M, M)) of all users, or of each user a random most / U whose gap (times weight) is not 0; both items of one user, the
-    better first. Ties and missing scores make no pair."""
+    """[3] scores, known (U, M) -> (user row, i, j), each (P,), at most `most`: the largest gaps of LLM scores (times a weight
+    (U, M, M)) of all users, or of each user most / U, but at least one, at random among those whose gap (times weight) is not 0;
+    both items of one user, the better first. Ties and missing scores make no pair."""
     M = scores.shape[1]
     gap = (scores[:, :, None] - scores[:, None, :]).masked_fill(~(known[:, :, None] & known[:, None, :]), 0)
     gap = (gap * weight).view(1, -1)

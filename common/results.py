@@ -129,6 +129,22 @@ def render(path, chosen=COMMANDS, base=ROOT):
     return done
 
 
+def print_gains(folders, base, root=ROOT):
+    """`against` for the finished tables among these folders of ablations; one line and status 1 where that cannot be."""
+    finished = [name for name in folders if (root / name / "table.json").exists()]
+    if not finished:
+        sys.exit(f"error: no finished table in {', '.join(map(str, folders))}; run make results first")
+    for name in finished:
+        rows = json.loads((root / name / "table.json").read_text(encoding="utf-8"))["ablations"]
+        try:
+            gains = against(rows, base)
+        except ValueError as problem:
+            sys.exit(f"error: {name}: {problem}")
+        except KeyError:
+            sys.exit(f"error: {name}: its table was made by an earlier version and has no values by seed; run make results again")
+        print("\n".join([f"{name}: differences to {base}, mean ± std over seeds", *markdown(gains)]))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--method", help="one of " + ", ".join(sorted({m for m, *_ in COMMANDS})))
@@ -140,14 +156,7 @@ def main(argv=None):
     if not chosen:
         parser.error(f"nothing to do for --method {args.method} --data {args.data}")
     if args.against:
-        for method, data, *_ in chosen:
-            if (file := ROOT / folder(method, data) / "table.json").exists():
-                try:
-                    gains = against(json.loads(file.read_text(encoding="utf-8"))["ablations"], args.against)
-                except (ValueError, KeyError) as problem:                            # a table of an earlier version has no "values"
-                    parser.error(f"{folder(method, data)}: {problem if isinstance(problem, ValueError) else 'made by an earlier version; run it again'}")
-                print("\n".join([f"{folder(method, data)}: differences to {args.against}, mean ± std over seeds", *markdown(gains)]))
-        return
+        return print_gains([folder(method, data) for method, data, *_ in chosen], args.against)
     for method, data, flags, _ in () if args.render else chosen:
         print(f"\n##### {command(method, flags)}", flush=True)
         out = subprocess.run([sys.executable, f"{method}.py", *shlex.split(flags), "--run", str(folder(method, data)), "--resume"], cwd=ROOT)

@@ -88,6 +88,23 @@ def test_the_gain_over_a_row_is_the_mean_of_the_differences_seed_by_seed():
         results.against(rows, "twos")
 
 
+def test_gains_are_printed_for_finished_tables_and_what_is_missing_is_said(tmp_path, capsys):
+    from common import metrics, results
+    rows = {"off 0": {"AUC": metrics.summary([0.5, 0.7])}, "swap 1": {"AUC": metrics.summary([0.4, 0.5])}}
+    table, gains = tmp_path / "a" / "table.json", lambda base: results.print_gains(["a", "b"], base, tmp_path)
+    with pytest.raises(SystemExit, match="no finished table in a, b"):
+        gains("off")
+    table.parent.mkdir()
+    table.write_text(json.dumps({"ablations": rows}))
+    gains("off")
+    assert "| swap 1 | -0.150 ± 0.071 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="a: no row on"):
+        gains("on")
+    table.write_text(json.dumps({"ablations": {name: {"AUC": {"mean": 0.5, "std": None}} for name in rows}}))
+    with pytest.raises(SystemExit, match="earlier version"):
+        gains("off")
+
+
 def test_the_table_of_make_bench_is_that_of_its_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
     bench = importlib.import_module("bench")
