@@ -7,7 +7,7 @@ history; what it says is fused into the state. Then a judge looks where this mad
   1 base          the recommender alone
   2 collaborate   codes, prompts, extraction and fusion learn from the recommendation loss; the LLM is frozen
   3 judge         whose choices are predicted worse with the LLM's knowledge than without?
-  4 eliminate     LoRA on these users' texts alone; then the knowledge of all is written down, and served without an LLM
+  4 eliminate     LoRA on these users' texts, for these users; then all knowledge is written down, and served without an LLM
 
 EQUATIONS (u a user, x_u the text of the history, h_u the behavioural state, s(u, i) the logit of an item)
   [1] state       h_u = W [e_u; mean of e_j over the past]                                       -> CoCo.state
@@ -49,6 +49,8 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
   - In phase 4 each batch of judged texts comes with as many others, whose knowledge is taken from the last reading: the
     recommender learns from both, the LLM from the judged ones. States, and with them codes, prompts and extraction stay as they
     are: the knowledge of the others is read once.
+  - The adapter is for users whom the judge named; the others are served with the LLM as it was, which is what the recommender
+    saw of them in phase 4. --adapt all reads everybody with it: then what it does to the others is never trained.
   - Confidence (--judge confidence) is the probability of the right answers: of 1 - p for a negative. With nce it is the loss.
   - A served vector is a function of (text, code): at most K LLM passes per text, kept in knowledge.safetensors.
   - --joint trains all of it in one phase, judged batch by batch.
@@ -62,6 +64,7 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
 import dataclasses
 import hashlib
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -128,6 +131,7 @@ class Args:
     judge_level: Literal["user", "text"] = "user"  # the mean over all choices of a user, or over those of one text
     judge_least: int = 3  # choices that it takes to judge a user or a text
     margin: float = -0.03  # ε of [8], nats (or probability); negative: also those whom the LLM does not help by so much
+    adapt: Literal["judged", "all"] = "judged"  # whose texts are read with the adapter: the judged users', or everybody's
     align: float = 0.0  # weight of an InfoNCE term that pulls a judged user's knowledge towards the behavioural state
     joint: bool = False  # all in one phase
     # -- lora
@@ -136,7 +140,7 @@ class Args:
     lora_alpha: float = 16.0  # α
     # -- optimisation
     lr: float = 3e-3  # of the recommender, prompts and fusion
-    lora_lr: float = 1e-3  # of the adapter
+    lora_lr: float = 1e-3  # of the adapter; 0: what phase 4 does without it
     weight_decay: float = 1e-6  # L2 of the recommender, added to the gradient as Adam has it
     base_epochs: int = 4  # phase 1, at most
     epochs: int = 8  # phase 2, at most
@@ -156,8 +160,8 @@ class Args:
                      "base_batch", "epochs", "eliminate_epochs", "eliminate_batch", "judge_least", "base_epochs", "patience", "rank_users", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if self.beta < 0 or self.dead < 0 or self.align < 0 or self.weight_decay < 0 or self.tau <= 0 or self.lr <= 0 or self.lora_lr <= 0:
-            raise ValueError("--beta, --dead, --align and --weight-decay must not be negative, --tau, --lr and --lora-lr positive")
+        if self.beta < 0 or self.dead < 0 or self.align < 0 or self.weight_decay < 0 or self.lora_lr < 0 or self.tau <= 0 or self.lr <= 0:
+            raise ValueError("--beta, --dead, --align, --weight-decay and --lora-lr must not be negative, --tau and --lr positive")
         if not 0 <= self.dropout < 1 or not 0 <= self.decay < 1 or not self.mlp:
             raise ValueError("--dropout and --decay must be in [0, 1), --mlp not empty")
         if unknown := set(self.variants) - set(VARIANTS):
@@ -354,6 +358,7 @@ class CoCo(nn.Module):
             texts = [args.group_prompt.format(field=args.prompt[6:], value=name) for name in names]
         self.register_buffer("words", words(model, tokenizer, texts, args.prompt_len if self.soft else None).float(), persistent=False)
         self.register_buffer("group", torch.as_tensor(group.astype(np.int64)), persistent=False)
+        self.register_buffer("adapted", torch.ones(len(group), dtype=torch.bool), persistent=False)
         self.m = self.words.shape[1]
         if self.soft:
             self.to_query = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, affine=False))   # users apart, however alike their h
@@ -405,10 +410,16 @@ class CoCo(nn.Module):
         return llm.chat(self.tokenizer, [*range(self.m), TEXT.format(history=history_lines(self.rows.logs.history(u, place)))])
 
     def read(self, texts, prompt):
-        """[3, 4] texts (T,), prompt (T, m, width) -> what the LLM knows (T, D), before fusion. One LLM pass per text."""
+        """[3, 4] texts (T,), prompt (T, m, width) -> what the LLM knows (T, D), before fusion. One LLM pass per text, for
+        users of self.adapted with the adapter."""
         self.passes += len(texts)
-        output, mask = llm.hidden_states(self.llm, [self.tokens(t) for t in texts.tolist()], prompt)
-        return self.extract(prompt, output.float(), mask)
+        known, adapted = prompt.new_zeros(len(texts), self.args.dim), self.adapted[self.rows.text_user[texts]]
+        for part, switch in ((adapted, nullcontext), (~adapted, lora.disabled)):
+            if part.any():
+                with switch(self.llm):
+                    output, mask = llm.hidden_states(self.llm, [self.tokens(t) for t in texts[part].tolist()], prompt[part])
+                known[part] = self.extract(prompt[part], output.float(), mask)
+        return known
 
     def score(self, table, known=None):
         """[5] Logits (n, C) of a table's items; known (n, D): what the LLM knows for each row, None: the recommender alone."""
@@ -585,7 +596,8 @@ class Store:
     def get(self, texts, desc=None):
         """Texts (T,) -> ((T, D), codes (T,)): looked up, and read by the LLM where not there yet."""
         codes = self.model.codes(texts)
-        keys = [hashlib.sha256(repr((self.model.tokens(t), k)).encode()).hexdigest()[:32] for t, k in zip(texts.tolist(), codes.tolist())]
+        adapted = self.model.adapted[self.model.rows.text_user[texts]].tolist()
+        keys = [hashlib.sha256(repr((self.model.tokens(t), k, a)).encode()).hexdigest()[:32] for t, k, a in zip(texts.tolist(), codes.tolist(), adapted)]
         if self.model.args.prompt == "mixture":                  # no code: the vector is the user's own
             keys = [f"{key}/{t}" for key, t in zip(keys, texts.tolist())]
         new = {key: t for key, t in zip(keys, texts.tolist()) if key not in self.keys}
@@ -771,6 +783,8 @@ def train(args, shared=None):
             users = np.zeros(len(rows.data.users), dtype=bool)
             users[rows.text_user[texts[mask]].cpu().numpy()] = True
             result["judged"] = {"texts": round(float(mask.float().mean()), 4)}
+            if args.adapt == "judged" and args.judge != "all":
+                model.adapted = torch.as_tensor(users, device=device)
             if misled(rows) is not None:
                 result["judged"] |= judge_report(rows, users, misled(rows))
             if not run.done("eliminate"):
@@ -841,6 +855,8 @@ VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the s
     "age": ({"prompt": "group:age", "judge": "off"}, None),
     "codebook": ({"judge": "off"}, None),
     "full": ({}, "codebook"),
+    "adapt all": ({"adapt": "all"}, "codebook"),
+    "no LoRA": ({"lora_lr": 0.0}, "codebook"),
     "judge all": ({"judge": "all"}, "codebook"),
     "joint": ({"joint": True}, None),
     "mean pool": ({"extract": "mean", "judge": "off"}, None),

@@ -273,6 +273,26 @@ def test_a_text_that_is_not_judged_gives_the_llm_exactly_no_gradient_and_the_rec
     assert any(g.abs().sum() > 0 for g in alone) and all(torch.allclose(x, y, atol=1e-6) for x, y in zip(both, alone))
 
 
+def test_only_judged_users_are_read_with_the_adapter(tmp_path):
+    _, rows, model = built("--run", str(tmp_path / "r"))
+    model.eval()
+    texts = torch.as_tensor(rows.train_texts)
+    user = rows.text_user[texts]
+    before = coco.knowledge(model, texts)
+    for p in lora.parameters(model.llm):
+        p.data.normal_(std=0.1)
+    everybody = coco.knowledge(model, texts)
+    model.adapted = torch.arange(len(rows.data.users)) % 3 == 0
+    mine = model.adapted[user]
+    some = coco.knowledge(model, texts)
+    assert torch.allclose(some[~mine], before[~mine], atol=1e-5)
+    assert torch.allclose(some[mine], everybody[mine], atol=1e-5) and not torch.allclose(some[mine], before[mine], atol=1e-3)
+    store = coco.Store(coco.Run(args("--run", str(tmp_path / "r")), "coco", "x"), model)      # what is written down tells them apart
+    first, _ = store.get(texts)
+    model.adapted = ~model.adapted
+    assert not torch.allclose(store.get(texts)[0][mine], first[mine], atol=1e-3)
+
+
 def test_the_judge_is_measured_against_the_truth():
     _, rows, _ = built()
     truth = coco.misled(rows)
