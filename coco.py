@@ -782,7 +782,8 @@ def train(args, shared=None):
             mask = contradicted(args, model, texts, before)
             users = np.zeros(len(rows.data.users), dtype=bool)
             users[rows.text_user[texts[mask]].cpu().numpy()] = True
-            result["judged"] = {"texts": round(float(mask.float().mean()), 4)}
+            size, mean = before.norm(dim=1), lambda x: round(float(x.sum() / max(len(x), 1)), 4)
+            result["judged"] = {"texts": round(float(mask.float().mean()), 4), "knowledge": mean(size[mask]), "knowledge_others": mean(size[~mask])}
             if args.adapt == "judged" and args.judge != "all":
                 model.adapted = torch.as_tensor(users, device=device)
             if misled(rows) is not None:

@@ -45,7 +45,8 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
                       "--weight-decay 1e-5 --batch 1024 --dim 32 --rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
     ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
                     "--variants 'no LLM,static,shared,mixture,codebook,full,judge all,joint,mean pool,no match,ste,ema,no reset'", None),
-    ("coco", "toy-misled", "--ablations --seeds 0,1,2 --data toy:300x600x15000:0.3 --epochs 6 --variants 'no LLM,static,codebook,full'", None),
+    ("coco", "toy-misled", "--ablations --seeds 0,1,2 --data toy:300x600x15000:0.3 --epochs 6 "
+                           "--variants 'no LLM,static,codebook,full,adapt all,no LoRA,judge all'", None),
     ("coco", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --base-epochs 3 --epochs 3 "
                      "--variants 'no LLM,static,gender,age,codebook,full'", "pilot.png"),
     # last: it stops where wordllama, an optional package, is missing
