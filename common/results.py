@@ -35,7 +35,7 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
                        "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
     ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 3e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 30 "
                      "--patience 4 --rank-users 100 --margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 --lams 0.1 "
-                     "--variants none,ones,paper,agreement --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
+                     "--variants none,ones,paper,agreement,truth --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
     ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --brand --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
                                "--recommenders deepfm,xdeepfm,dcnv2,din,dcn,autoint", None),
     ("sllmr", "amazon-beauty-llm", "--ablations --seeds 0,1,2 --data amazon-beauty --scored-users 1000 --candidates 10 --extra 0.02 --tune-steps 200 "
