@@ -41,8 +41,8 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
     works on log-odds, knows the right direction from the label, and stops once they are cap apart. All three compare
     Yes and No only, unless --kl-vocab full (jsd).
   - The paper has one λ from the first step. --lam-ramp lets it grow from 0: an LLM that cannot tell likes from dislikes yet
-    learns to answer both questions with a half, and stays there. Then the best AUC comes before the divergence had its say:
-    --keep last.
+    learns to answer both questions with a half, and needs many steps to leave that. The step with the best AUC may come
+    before the divergence had its say: --keep last.
   - The answer is one token, Yes or No. `--template shared` puts context first and question last, so that a pair shares
     its context and runs through the model once; `--template tallrec` is the published order: instruction first, and a
     last line that asks for "like" in both prompts.
