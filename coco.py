@@ -131,7 +131,7 @@ class Args:
     judge_level: Literal["user", "text"] = "user"  # the mean over all choices of a user, or over those of one text
     judge_least: int = 3  # choices that it takes to judge a user or a text
     margin: float = -0.03  # ε of [8], nats (or probability); negative: also those whom the LLM does not help by so much
-    adapt: Literal["judged", "all"] = "judged"  # whose texts are read with the adapter: the judged users', or everybody's
+    adapt: Literal["judged", "all"] = "judged"  # whose texts are read with the adapter: the judged users', or everybody's (always so with --joint)
     align: float = 0.0  # weight of an InfoNCE term that pulls a judged user's knowledge towards the behavioural state
     joint: bool = False  # all in one phase
     # -- lora
