@@ -31,7 +31,7 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
     ("lcft", "toy-long", "--ablations --seeds 0,1,2 --data toy --steps 400 --batch 32 --eval-every 50 --eval-rows 500 --lora-targets all-linear --lora-rank 16 "
                          "--keep last --variants off,paper:0.1,swap:1,neg-ce:1", None),
     ("lcft", "ml100k-long", "--ablations --seeds 0,1,2 --data ml100k --steps 1500 --batch 16 --eval-every 250 --eval-rows 1000 --prompt-history 3 "
-                            "--lora-targets all-linear --lora-rank 16 --keep last --variants off,swap:1,neg-ce:1", None),
+                            "--lora-targets all-linear --lora-rank 16 --keep last --variants off,swap:1,swap:3,neg-ce:1", None),
     ("lcft", "ml100k", "--ablations --seeds 0,1,2 --data ml100k --steps 400 --batch 16 --eval-every 100 --eval-rows 400 --prompt-history 3 "
                        "--lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
                        "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
