@@ -52,7 +52,8 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
   - The adapter is for users whom the judge named; the others are served with the LLM as it was, which is what the recommender
     saw of them in phase 4. --adapt all reads everybody with it: then what it does to the others is never trained.
   - Confidence (--judge confidence) is the probability of the right answers: of 1 - p for a negative. With nce it is the loss.
-  - A served vector is a function of (text, code): at most K LLM passes per text, kept in knowledge.safetensors.
+  - A served vector is a function of (text, code, with or without the adapter, which the user decides): at most K LLM passes per
+    text of a user, kept in knowledge.safetensors.
   - --joint trains all of it in one phase, judged batch by batch.
 
   python coco.py --data toy:300x600x15000                                # 3 minutes on 2 cores
@@ -584,7 +585,7 @@ def codes_view(model, codes):
 
 
 class Store:
-    """Served knowledge: (text, code) -> vector (D,), in knowledge.safetensors. What is there is never read again."""
+    """Served knowledge: (text, code, adapter or not) -> vector (D,), in knowledge.safetensors. What is there is never read again."""
 
     def __init__(self, run, model):
         self.run, self.model = run, model

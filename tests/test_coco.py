@@ -317,7 +317,8 @@ def test_what_was_read_once_is_never_read_again(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- end to end
 @pytest.mark.parametrize("flags", [("--prompt", "none"), ("--head", "nce", "--levels", "2", "--recommender", "dcnv2", "--joint"),
-                                   ("--prompt", "static", "--judge", "all", "--align", "0.1"), ("--prompt", "mixture", "--judge", "confidence", "--margin", "-1")])
+                                   ("--prompt", "static", "--judge", "all", "--align", "0.1"), ("--prompt", "mixture", "--judge", "confidence", "--margin", "-1"),
+                                   ("--margin", "-10", "--adapt", "all", "--lora-lr", "0")])
 def test_every_kind_of_run_ends_with_a_result(tmp_path, capsys, flags):
     coco.main(coco.Args, coco.train, "", [*SMALL, "--run", str(tmp_path / "r"), *flags])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("RESULT "))
