@@ -1092,6 +1092,7 @@ def served_texts(args, run, logs, device):
 
 WRITTEN = ("aligned.safetensors", "align.safetensors", "texts.safetensors", "texts.jsonl")
 FITTED = (*WRITTEN, "reward.safetensors")
+CORRECTED = (*FITTED, "correct.safetensors", "texts-corrected.jsonl")
 VARIANTS = {   # name: (what changes, phases taken over from "full", their files)
     "full": ({}, (), ()),
     "ids only": ({"features": "ids"}, (), ()),
@@ -1100,7 +1101,9 @@ VARIANTS = {   # name: (what changes, phases taken over from "full", their files
     "w/o correction": ({"correct": False}, ("align", "write", "reward"), FITTED),
     "w/o update": ({"update": False}, ("align", "write", "reward"), FITTED),
     "shuffled order": ({"shuffled_order": True}, ("align", "write", "reward"), FITTED),
+    "refit": ({"refit": True}, ("align", "write", "reward", "correct"), CORRECTED),
     "w/o pretraining": ({"align": False}, (), ()),
+    "w/o both": ({"align": False, "correct": False}, (), ()),
 }
 
 
