@@ -45,8 +45,14 @@ DEVIATIONS AND CHOICES
   - The paper's models read brand and category of Amazon's items. Where a data set comes without, --brand takes the first word
     of the title, which is where shops put the brand.
   - The paper says full ranking; its figures are those of 1:1 rows. Both are reported.
-  - KD (--llm-loss kd) is BCE against the LLM's score as a soft label, KAR (kar) gives the model the LLM's vectors of the item's
-    text and of the past items' texts as inputs, pointwise is the paper's MSE. All on the same LLM.
+  - KD (--llm-loss kd) is BCE against the LLM's score as a soft label, on what was scored (the paper's KD: of a fine-tuned LLM,
+    on the rows), pointwise is the paper's MSE; both use the same scores as the gates. KAR (kar) gives the model vectors of the
+    item's text and of the past items' texts as inputs, from --backbone as it is, whatever the scores come from.
+  - A negative is an item that the user never chose, in training or held out, as is usual. So a test target never was a training
+    negative of its user, as a few test negatives have been (3 % on 1,000 users of MovieLens-1M): all methods gain alike.
+  - A score that the LLM leaves out is unknown and makes no pair; the paper sets it to 0.5.
+  - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts; of an item's categories
+    the first eight.
 
   python sllmr.py --data toy:3000x400x60000 --cold-users 0.3                # scores from the toy's truth
   python sllmr.py --data amazon-beauty --backbone Qwen/Qwen2.5-3B            # on a GPU
@@ -63,6 +69,7 @@ import http.client
 import json
 import math
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -89,7 +96,7 @@ class Args:
     data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
     data_dir: str | None = None  # a folder that already holds the data sets (else LLMREC_DATA, else download)
     max_bad_rows: int = 0  # broken rows to skip before giving up
-    run: str | None = None  # run folder (default: runs/sllmr-DATA-RECOMMENDER-sSEED)
+    run: str | None = None  # run folder (default: runs/sllmr-DATA-BACKBONE-sSEED)
     resume: bool = False  # continue where the run folder stopped
     overwrite: bool = False  # remove an earlier run in that folder first
     seed: int = 0  # of everything
@@ -112,8 +119,8 @@ class Args:
     mlp: tuple[int, ...] = (200, 80)  # hidden layers
     dropout: float = 0.1  # in the MLP
     # -- LLM scores
-    scorer: Literal["auto", "oracle", "file", "backbone", "encoder", "api"] = "auto"  # truth of the toy world, file of yours, causal LM, sentence encoder, endpoint
-    scores: str | None = None  # with --scorer file: JSON lines {"user": , "item": , "score": 0..1}
+    scorer: Literal["auto", "oracle", "file", "backbone", "encoder", "api"] = "auto"  # truth of the toy world, file of yours, causal LM, sentence encoder, endpoint; auto: file with --scores, else oracle on toy, else backbone
+    scores: str | None = None  # a file of scores: JSON lines {"user": , "item": , "score": 0..1}
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     dtype: str = "auto"  # of the backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     prompt_history: int = 10  # L: titles in a prompt, or that the encoder compares with
@@ -135,7 +142,7 @@ class Args:
     dry_run: bool = False  # print the first prompt and what all would cost, then stop
     # -- method
     llm_loss: Literal["pairwise", "pointwise", "kd", "kar", "none"] = "pairwise"  # how the scores are used
-    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones", "truth"] = "agreement"  # which gate
+    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones", "truth"] = "agreement"  # as published | learns where model and LLM agree | weights that compete | a mean of --budget | as it starts | none | knows (toy)
     gate_init: tuple[float, ...] = (1.0, 1.0, 1.0, -1.0)  # w for cold, tail, unsure; b
     gate_lr: float = 1e-2  # of its four numbers
     uncertainty: Literal["maxprob", "entropy", "dropout"] = "maxprob"  # q
@@ -162,6 +169,13 @@ class Args:
             raise ValueError("--cold-users, --tail, --extra, --gate-share and --dropout are shares, below 1")
         if len(self.oracle) != 4 or not all(0 <= share <= 1 for share in self.oracle):
             raise ValueError("--oracle takes four shares: warm head, warm tail, cold head, cold tail")
+        models = Args.__annotations__["recommender"].__args__
+        if unknown := set(self.recommenders) - set(models):
+            raise ValueError(f"--recommenders {','.join(sorted(unknown))}: among {','.join(models)}")
+        if "autoint" in (self.recommender, *self.recommenders) and self.dim % 2:
+            raise ValueError("--dim must be even for autoint, which has two heads")
+        if not self.lams or min(self.lams) < 0:
+            raise ValueError("--lams takes numbers that are not negative")
         if unknown := set(self.variants) - set(VARIANTS):
             raise ValueError(f"--variants {','.join(sorted(unknown))}: among {','.join(VARIANTS)}")
         if len(self.gate_init) != 4:
@@ -172,14 +186,18 @@ class Args:
             raise ValueError("--tune-steps must not be negative, --tune-lr must be positive")
         if self.scorer == "file" and not self.scores:
             raise ValueError("--scorer file needs --scores FILE")
+        if self.scores and self.scorer not in ("auto", "file"):
+            raise ValueError(f"--scores is a file of scores, and --scorer {self.scorer} makes its own; leave one of them out")
         for name in ("dim", "max_history", "prompt_history", "candidates", "pool", "pairs", "pair_users", "batch", "epochs", "patience", "rank_users",
                      "api_parallel", "api_tries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         if not self.api_base.startswith(("http://", "https://")):
             raise ValueError("--api-base must begin with http:// or https://")
-        if self.lam < 0 or self.margin < 0 or self.lr <= 0 or self.gate_lr < 0 or self.weight_decay < 0 or not self.mlp:
-            raise ValueError("--lam, --margin, --gate-lr and --weight-decay must not be negative, --lr positive, --mlp not empty")
+        if self.lam < 0 or self.margin < 0 or self.lr <= 0 or self.gate_lr < 0 or self.weight_decay < 0 \
+                or self.scored_users < 0 or self.api_pause < 0 or self.api_timeout <= 0 or not self.mlp or min(self.mlp) < 1:
+            raise ValueError("--lam, --margin, --gate-lr, --weight-decay, --scored-users and --api-pause must not be negative, "
+                             "--lr, --api-timeout and the widths of --mlp must be positive")
 
 
 # 3 ---------------------------------------------------------------------------------------------------- rows
@@ -410,8 +428,9 @@ def call(args, key, prompt):
         raise ValueError("no answer in the reply") from None
 
 
-def parse_scores(text, n):
-    """{index: score} from a model's JSON. Raises ValueError unless every id from 1 to n is there once, with a number in [0, 1]."""
+def parse_scores(text, n, some=False):
+    """n scores from a model's JSON, in the order of the ids. Raises ValueError unless every id from 1 to n is there once, with a
+    number in [0, 1]; with some, ids may be missing, not all of them: their score is None."""
     if not isinstance(text, str):
         raise ValueError("not a text")
     start, end = text.find("{"), text.rfind("}")
@@ -424,22 +443,25 @@ def parse_scores(text, n):
         if type(k) is not int or not 1 <= k <= n or k in scores or type(score) not in (int, float) or not 0 <= score <= 1:
             raise ValueError("an id that was not asked for, or twice, or a score outside of 0 to 1")
         scores[k] = float(score)
-    if len(scores) < n:
+    if len(scores) < (1 if some else n):
         raise ValueError(f"{n - len(scores)} of {n} scores are missing")
-    return [scores[k] for k in range(1, n + 1)]
+    return [scores.get(k) for k in range(1, n + 1)]
 
 
 def by_api(rows, wanted):
-    """Scores from an OpenAI-compatible endpoint, in whatever order they arrive. UserError once a request has failed for good."""
-    args, key = rows.args, os.environ.get("OPENAI_API_KEY", "")
+    """Scores from an OpenAI-compatible endpoint, in whatever order they arrive; None for an item that the LLM forgot each time.
+    UserError once a request has failed for good."""
+    args, key = rows.args, os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
         raise UserError("--scorer api: set OPENAI_API_KEY (any word if your server wants none)")
+    if not (key.isascii() and key.isprintable()):                # http.client would quote it in its error
+        raise UserError("--scorer api: OPENAI_API_KEY holds characters that no key has, such as a line break; set it anew")
 
     def one(u):
         prompt, pause = rank_prompt(rows, u, wanted[u]), args.api_pause
         for left in reversed(range(args.api_tries)):
             try:
-                return u, wanted[u], parse_scores(call(args, key, prompt), len(wanted[u]))
+                return u, wanted[u], parse_scores(call(args, key, prompt), len(wanted[u]), some=not left)
             except (OSError, ValueError, RecursionError, http.client.HTTPException) as problem:
                 if not left:
                     raise UserError(f"--api-base {args.api_base}: user {rows.data.users[u]} failed {args.api_tries} times, last: "
@@ -470,7 +492,7 @@ def rank_prompt(rows, u, items):
 
 
 def read_scores(path, data):
-    """{(user, item): score} of a scores.jsonl, raw ids. A broken line is a UserError with its place."""
+    """{(user, item): score, None where the LLM gave none} of a scores.jsonl, raw ids. A broken line is a UserError with its place."""
     users, items = ({raw: k for k, raw in enumerate(ids)} for ids in (data.users, data.items))
     table = {}
     for number, line in datasets.lines_of(path):
@@ -479,42 +501,61 @@ def read_scores(path, data):
             u, i, score = users.get(str(record["user"])), items.get(str(record["item"])), record["score"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{path}:{number}: not {{"user": , "item": , "score": }}; mend or remove the line') from None
-        if type(score) not in (int, float) or not 0 <= score <= 1:
+        if score is not None and (type(score) not in (int, float) or not 0 <= score <= 1):
             raise UserError(f"{path}:{number}: score {str(score)[:40]} is no number between 0 and 1")
         if u is not None and i is not None:                      # of users and items that a filter took out, nothing
-            table[u, i] = float(score)
-    if not table:
+            table[u, i] = score
+    if all(score is None for score in table.values()):
         raise UserError(f"{path}: no score of a user and an item of this data set; ids are those of the data's own files")
     return table
 
 
 def score(args, folder, rows):
     """Phase 1 -> {(user, item): score}. Every user's answers are appended at once: what was paid for is never asked again."""
-    if args.scorer == "file":
+    kind = scorer(args, rows)
+    if kind == "file":
         if not Path(args.scores).is_file():
             raise UserError(f"--scores {args.scores}: no such file")
         return read_scores(Path(args.scores), rows.data)
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted, data = folder / "scores.jsonl", candidates(rows), rows.data
+    settings, made = made_by(args, kind, data), folder / "scores-args.json"
+    earlier = json.loads(made.read_text()) if made.exists() else settings
+    if differ := [f"{k}: {earlier.get(k)!r} then, {settings.get(k)!r} now" for k in sorted({*earlier, *settings}) if earlier.get(k) != settings.get(k)]:
+        raise UserError(f"{folder} holds scores that were made with other settings ({'; '.join(differ)}); start anew with "
+                        "--overwrite, or name another folder with --run")
     if path.exists():                                            # a kill may have cut the last line
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     table = read_scores(path, data) if path.exists() and path.stat().st_size else {}
     missing = {u: items for u, items in wanted.items() if not all((u, i) in table for i in items)}
     if missing:
-        lines = lambda u, pairs: "".join(json.dumps({"user": data.users[u], "item": data.items[i], "score": round(s, 6)}) + "\n" for i, s in pairs)
+        lines = lambda u, pairs: "".join(json.dumps({"user": data.users[u], "item": data.items[i], "score": s}) + "\n" for i, s in pairs)
         table = {(u, i): s for (u, i), s in table.items() if u not in missing}                # or of the last user's lines
         write_atomically(path, "".join(lines(u, [(i, s)]) for (u, i), s in table.items()))
-        source = {"oracle": oracle, "backbone": by_backbone, "encoder": by_encoder, "api": by_api}[scorer(args, rows)]
-        with open(path, "a", encoding="utf-8") as f:
-            for u, items, scores in source(rows, missing):
-                table |= {(u, i): round(s, 6) for i, s in zip(items, scores)}
-                f.write(lines(u, zip(items, scores)))
-                f.flush()
+        source = {"oracle": oracle, "backbone": by_backbone, "encoder": by_encoder, "api": by_api}[kind]
+        with open(path, "a", encoding="utf-8") as f:             # the oracle's noise is one stream: ask it for all again
+            for u, items, scores in source(rows, wanted if kind == "oracle" else missing):
+                if u in missing:
+                    if not made.exists():
+                        write_atomically(made, json.dumps(settings, indent=1))
+                    scores = [s if s is None else round(s, 6) for s in scores]
+                    table |= {(u, i): s for i, s in zip(items, scores)}
+                    f.write(lines(u, zip(items, scores)))
+                    f.flush()
     return table
 
 
+def made_by(args, kind, data):
+    """What scores depend on: {name: value}, as JSON gives it back."""
+    names = {"oracle": ("oracle",), "backbone": ("backbone", "dtype", "tune_steps", "tune_lr", "prompt_history"),
+             "encoder": ("prompt_history",), "api": ("api_base", "api_model", "prompt_history")}[kind]
+    names += ("seed", "cold", "tail", "candidates", "pool", "extra", "scored_users")
+    return json.loads(json.dumps({"scorer": kind, "data": data.fingerprint} | {name: getattr(args, name) for name in names}))
+
+
 def scorer(args, rows):
-    return args.scorer if args.scorer != "auto" else "oracle" if rows.data.world is not None else "backbone"
+    auto = "file" if args.scores else "oracle" if rows.data.world is not None else "backbone"
+    return auto if args.scorer == "auto" else args.scorer
 
 
 def estimate(rows):
@@ -604,7 +645,7 @@ class Scored:
 
     def __init__(self, rows, table):
         by_user = {}
-        for (u, i), s in sorted(table.items()):
+        for (u, i), s in sorted((pair, s) for pair, s in table.items() if s is not None):
             by_user.setdefault(u, []).append((i, s))
         M, device = max(map(len, by_user.values())), rows.device
         self.users = torch.tensor(list(by_user), device=device)
@@ -679,18 +720,21 @@ def regulariser(args, model, scored, pick):
     if args.llm_loss == "kd":
         return F.binary_cross_entropy_with_logits(s[known], scores[known])
     alpha = alphas(args, model, scored, pick, s)
-    if args.gate not in ("agreement", "truth"):
-        return pair_loss(s, alpha, pick_pairs(scores, known, args.pairs, pick=args.pick), args.margin, args.gate, args.reduction, (args.budget, args.budget_weight))
-    aside, a = scored.aside[pick], alpha.detach()
-    pairs = pick_pairs(scores, known & ~aside, args.pairs, (a[:, :, None] + a[:, None, :] - 1).clamp(min=0), args.pick)
-    learned = agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs, pick=args.pick)) if args.gate == "agreement" else 0
-    return pair_loss(s, alpha, pairs, args.margin, args.gate, args.reduction) + learned
+    aside, weight = scored.aside[pick], 1.0                      # nothing is set aside but for "agreement"
+    if args.gate in ("agreement", "truth"):
+        weight = (alpha[:, :, None] + alpha[:, None, :] - 1).detach().clamp(min=0)
+    pairs = pick_pairs(scores, known & ~aside, args.pairs, weight, args.pick)
+    loss = pair_loss(s, alpha, pairs, args.margin, args.gate, args.reduction, (args.budget, args.budget_weight))
+    if args.gate == "agreement":
+        loss = loss + agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs, pick=args.pick))
+    return loss
 
 
 @torch.no_grad()
 def gate_view(args, model, scored):
     """alpha of every scored pair, as the model stands: (alpha, cold, tail), each (n,), in the order of scored.known."""
     model.eval()
+    torch.manual_seed(cuda.key_seed(args.seed, "view"))                                       # of --uncertainty dropout
     alpha = [alphas(args, model, scored, pick, logits_of(model, scored, pick))[scored.known[pick]]
              for pick in torch.arange(len(scored.users), device=scored.users.device).split(64)]
     return tuple(x.cpu().numpy() for x in (torch.cat(alpha), scored.cold[scored.known], scored.tail[scored.known]))
@@ -719,10 +763,11 @@ def fit(args, run, rows, scored, vectors):
         first, best, waited, kept = state["epoch"], state["best"], state["waited"], strip(tensors, "best/")
         model.load_state_dict(strip(tensors, "now/"))
         run.load_optimizer(optimizer, tensors)
-    used = scored is not None and args.lam > 0
+    used, epochs = scored is not None and args.lam > 0, first
     for epoch in range(first, args.epochs):
         if waited >= args.patience:
             break
+        epochs = epoch + 1
         rng = np.random.default_rng([args.seed, 67, epoch])
         order = torch.as_tensor(rng.permutation(rows.train.shape[1]), device=rows.device)
         batches, total = order.split(max(args.batch // 2, 1)), torch.zeros(2)
@@ -733,6 +778,8 @@ def fit(args, run, rows, scored, vectors):
             s = model(users, place, torch.stack(items, 1))
             loss = click_loss(s)
             total[0] += loss.item()
+            if not math.isfinite(total[0]):
+                raise UserError(f"training has diverged in epoch {epochs}; lower --lr")
             if used:
                 pick = torch.as_tensor(rng.choice(len(scored.users), min(args.pair_users, len(scored.users)), replace=False), device=rows.device)
                 extra = regulariser(args, model, scored, pick)
@@ -754,7 +801,7 @@ def fit(args, run, rows, scored, vectors):
         run.save("train", prefix("now/", state) | prefix("best/", kept) | run.optimizer_tensors(optimizer),
                  {"epoch": epoch + 1, "best": best, "waited": waited})
     model.load_state_dict(kept)
-    return model, {"epochs": epoch + 1 if first < args.epochs else first, "valid_auc": round(best, 4)}
+    return model, {"epochs": epochs, "valid_auc": round(best, 4)}
 
 
 # 8 ---------------------------------------------------------------------------------------------------- evaluation
@@ -787,7 +834,7 @@ def judge_ranking(model, rows):
         rivals.append(n - 1 - int(seen.sum()))
     ranks, target = np.array(ranks), np.array([logs.sequence(u)[-1] for u in users])
     auc, ndcg = 1 - (ranks - 1) / np.array(rivals), metrics.ndcg_at(ranks, 10)
-    cells = {"overall": users >= 0, "cold": rows.cold[users], "tail": rows.tail[target], "dense": ~rows.cold[users] & ~rows.tail[target]}
+    cells = {"overall": users >= 0, "cold": rows.cold[users], "very_cold": rows.very_cold[users], "tail": rows.tail[target], "dense": ~rows.cold[users] & ~rows.tail[target]}
     return {name: {"n": int(mask.sum()), "auc": round(float(auc[mask].mean()), 6), "ndcg@10": round(float(ndcg[mask].mean()), 6)}
             for name, mask in cells.items() if mask.any()}
 
@@ -797,7 +844,7 @@ def train(args, shared=None):
 
     shared: a folder for the LLM's scores, which runs that differ in later phases have in common.
     """
-    if args.ablations:
+    if args.ablations and not args.dry_run:
         return ablations(args)
     cuda.seed_everything(args.seed)
     device = cuda.pick_device(args.device)
@@ -832,8 +879,8 @@ def train(args, shared=None):
         result["gate_map"] = gate_map(rows, scored, alpha)
         numbers = (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item())
         result["gate_is"] = {name: round(x, 4) for name, x in zip(("cold", "tail", "unsure", "b"), numbers)}
-        if scorer(args, rows) == "oracle":                       # does the gate find where the LLM is right?
-            truth = reliable(args, cold, tail)
+        truth = reliable(args, cold, tail)
+        if scorer(args, rows) == "oracle" and len(set(truth)) > 1:                            # does it find where the LLM is right?
             result["gate_auc"] = round(metrics.auc(truth > truth.mean(), alpha), 4)
     run.finish("result", result)
     show(result)
@@ -859,12 +906,12 @@ VARIANTS = {   # name: what changes
     "KAR": {"llm_loss": "kar"},
     "KD": {"llm_loss": "kd"},
     "pointwise": {"llm_loss": "pointwise"},
-    "ones": {"gate": "ones"},
-    "paper": {"gate": "paper"},
-    "normalised": {"gate": "normalised"},
-    "budget": {"gate": "budget"},
-    "agreement": {"gate": "agreement"},
-    "truth": {"gate": "truth"},
+    "ones": {"llm_loss": "pairwise", "gate": "ones"},
+    "paper": {"llm_loss": "pairwise", "gate": "paper"},
+    "normalised": {"llm_loss": "pairwise", "gate": "normalised"},
+    "budget": {"llm_loss": "pairwise", "gate": "budget"},
+    "agreement": {"llm_loss": "pairwise", "gate": "agreement"},
+    "truth": {"llm_loss": "pairwise", "gate": "truth"},
 }
 WITHOUT_LAMBDA = ("none", "KAR")
 CELLS = ("overall", "cold", "very_cold", "tail", "dense")
@@ -872,9 +919,14 @@ CELLS = ("overall", "cold", "very_cold", "tail", "dense")
 
 def ablations(args):
     """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model on test, and
-    (with matplotlib) gate.png: alpha per cell over the epochs. --resume goes on where it stopped."""
+    (with matplotlib) gate.png: alpha per cell over the epochs. The same command again goes on where it stopped."""
     root = Path(args.run or f"runs/sllmr-ablations-{Path(args.data).name.replace(':', '-')}")
     known = [name for name in VARIANTS if name != "truth" or args.data.startswith("toy") and args.scorer in ("auto", "oracle")]
+    if "truth" in args.variants and "truth" not in known:
+        raise UserError("--variants truth: where scores are right is only known of the toy world's own (--scorer oracle)")
+    for seed in args.seeds or (args.seed,):
+        if args.overwrite and (root / f"scores-s{seed}" / "scores-args.json").exists():
+            shutil.rmtree(root / f"scores-s{seed}")
     tables = {}   # {recommender, variant, lambda: its row}
     for recommender in args.recommenders or (args.recommender,):
         found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)} for name in args.variants or known}

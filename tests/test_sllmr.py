@@ -338,7 +338,7 @@ def test_a_good_answer_may_have_words_around_it():
 
 class Faulty(http.server.BaseHTTPRequestHandler):
     """An endpoint that fails in 30 % of the calls: 429, 500, closed line, a stall, truncated JSON, or lies."""
-    rng, calls, good, stall, lock = None, None, 0, 0.0, threading.Lock()
+    rng, calls, good, partly, stall, lock = None, None, 0, 0, 0.0, threading.Lock()
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -359,6 +359,7 @@ class Faulty(http.server.BaseHTTPRequestHandler):
         content = json.dumps({"scores": scores})
         with self.lock:
             Faulty.good += 0.15 <= fault < 0.2 or fault >= 0.3
+            Faulty.partly += 0.2 <= fault < 0.25
         reply = json.dumps({"choices": [{"message": {"content": content[:-7] if 0.25 <= fault < 0.3 else content}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(reply)))
@@ -371,7 +372,7 @@ class Faulty(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint():
-    Faulty.rng, Faulty.calls, Faulty.good, Faulty.stall = np.random.default_rng(0), [], 0, 0.5
+    Faulty.rng, Faulty.calls, Faulty.good, Faulty.partly, Faulty.stall = np.random.default_rng(0), [], 0, 0, 0.5
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -427,7 +428,50 @@ def test_an_endpoint_that_refuses_or_never_answers_is_one_line_and_what_was_paid
     problem = fails("b", "--api-tries", "1", "--api-timeout", "30")
     assert problem.startswith("error: ") and "--resume goes on" in problem
     kept = [json.loads(line)["user"] for line in (tmp_path / "b" / "scores.jsonl").read_text().splitlines()]
-    assert len(set(kept)) == Faulty.good > 0                      # every good answer is there, also those on their way at the end
+    assert len(set(kept)) == Faulty.good + Faulty.partly > 0                      # every good answer is there, also those on their way at the end
+
+
+def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(tmp_path, monkeypatch, capsys, endpoint):
+    for key in ("sk-sec\nret", "sk-sec\u00e9ret"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(SystemExit):
+            sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, "--scorer", "api", "--api-base", endpoint, "--run", str(tmp_path / "r")])
+        said = "".join(capsys.readouterr())
+        assert "OPENAI_API_KEY" in said and "sk-sec" not in said and not Faulty.calls and not (tmp_path / "r").exists()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")                                     # a file with the line ends of Windows
+    r = rows(scorer="api", api_base=endpoint, api_tries=20, api_pause=0.0)
+    assert len(list(sllmr.by_api(r, {0: [1, 2], 1: [3]}))) == 2 and set(Faulty.calls) == {"Bearer sk-secret"}
+
+
+def test_a_score_that_the_llm_always_forgets_is_unknown_and_not_asked_for_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    asked = []
+
+    def call(args, key, prompt):                                  # forgets the first id of the second user
+        n, forgets = prompt.count("\n") - prompt.split("titles?")[0].count("\n") - 2, prompt.startswith(forgetful)
+        asked.append(prompt)
+        return json.dumps({"scores": [{"id": k, "score": 0.5} for k in range(1 + forgets, n + 1)]})
+    monkeypatch.setattr(sllmr, "call", call)
+    r = rows(scorer="api", api_tries=3, api_pause=0.0)
+    wanted = {u: items for u, items in sllmr.candidates(r).items() if items}
+    forgetful = sllmr.rank_prompt(r, 1, wanted[1])
+    table = sllmr.score(r.args, tmp_path, r)
+    assert [pair for pair, s in table.items() if s is None] == [(1, wanted[1][0])] and asked.count(forgetful) == 3
+    scored = sllmr.Scored(r, table)
+    assert scored.known.sum() == len(table) - 1
+    seen = len(asked)
+    assert sllmr.score(r.args, tmp_path, r) == table and len(asked) == seen
+
+
+def test_the_truths_scores_are_the_same_after_a_kill_and_never_those_of_other_settings(tmp_path):
+    r = rows()
+    straight = sllmr.score(r.args, tmp_path / "a", r)
+    path = tmp_path / "a" / "scores.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:len(lines) // 2])[:-5])
+    assert sllmr.score(r.args, tmp_path / "a", r) == straight
+    with pytest.raises(UserError, match="oracle: .*--overwrite"):
+        sllmr.score(rows(oracle=(1.0, 1.0, 1.0, 1.0)).args, tmp_path / "a", r)
 
 
 def test_a_dry_run_costs_nothing_and_writes_nothing(endpoint, tmp_path, capsys):
@@ -436,6 +480,44 @@ def test_a_dry_run_costs_nothing_and_writes_nothing(endpoint, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "requests, about" in out and "$" in out and "Answer with JSON only" in out
     assert not Faulty.calls and not (tmp_path / "r").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- what is reported
+def test_both_evaluations_by_hand_on_every_cell():
+    r = rows(rank_users=10**6)
+    n, guess = len(r.data.items), np.random.default_rng(0).random((len(r.data.users), len(r.data.items)))
+    asked = []
+
+    def model(users, place, items):
+        asked.extend(zip(users.tolist(), place.tolist()))
+        return torch.as_tensor(guess[users[:, None].numpy(), items.expand(len(users), -1).numpy()])
+    model.eval = lambda: None
+    sequences = [list(map(int, r.logs.sequence(u))) for u in range(len(guess))]
+    judged = [u for u, had in enumerate(sequences) if len(had) >= 3]
+    count = np.bincount([i for u, had in enumerate(sequences) for i in (had[:-2] if u in judged else had)], minlength=n)
+    tail = set(sorted(range(n), key=lambda i: (-count[i], i))[n - int(0.2 * n):])
+    targets = {u: len(sequences[u]) - 3 for u in judged}                                      # the first choice is no target, nor are the last two
+    cells = {"overall": lambda u, i: True, "cold": lambda u, i: targets[u] <= 3, "very_cold": lambda u, i: targets[u] < 3,
+             "tail": lambda u, i: i in tail, "dense": lambda u, i: targets[u] > 3 and i not in tail}
+
+    found, negative = sllmr.judge_rows(model, r, r.test), dict(zip(r.test[0].tolist(), r.test[3].tolist()))
+    for cell, inside in cells.items():
+        yes = [guess[u, sequences[u][-1]] for u in judged if inside(u, sequences[u][-1])]
+        no = [guess[u, negative[u]] for u in judged if inside(u, negative[u])]
+        assert found[cell] == pytest.approx(np.mean([a > b for a in yes for b in no]), abs=1e-6)
+    asked.clear()
+    found = sllmr.judge_ranking(model, r)
+    assert asked == [(u, len(sequences[u]) - 1) for u in judged]                              # all that came before the target
+    for cell, inside in cells.items():
+        auc, ndcg = [], []
+        for u in judged:
+            *had, target = sequences[u]
+            if inside(u, target):
+                rivals = [i for i in range(n) if i not in had and i != target]
+                better = sum(guess[u, i] > guess[u, target] for i in rivals)
+                auc.append(1 - better / len(rivals))
+                ndcg.append(1 / math.log2(better + 2) if better < 10 else 0)
+        assert found[cell] == {"n": len(auc), "auc": pytest.approx(np.mean(auc), abs=1e-6), "ndcg@10": pytest.approx(np.mean(ndcg), abs=1e-6)}
 
 
 # ------------------------------------------------------------------------------------------------------- end to end
@@ -470,6 +552,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
     log = tmp_path / "b" / "metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
+    assert child.poll() is None
     child.send_signal(signal.SIGKILL)
     child.communicate()
     resumed = run(*flags, str(tmp_path / "b"), "--resume")
@@ -482,7 +565,10 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
 @pytest.mark.parametrize("flags,status,message", [
     (("--oracle", "1,2,3"), 2, "--oracle takes four shares"), (("--scorer", "file"), 2, "--scorer file needs --scores"), (("--prompt-history", "0"), 2, "--prompt-history"),
     (("--gate", "truth", "--scorer", "file", "--scores", "x"), 1, "--gate truth"), (("--tune-steps", "-1"), 2, "--tune-steps"), (("--tune-lr", "0"), 2, "--tune-lr"),
-    (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl")])
+    (("--scorer", "oracle", "--scores", "x"), 2, "--scores"), (("--scores", "nothing.jsonl"), 1, "nothing.jsonl"), (("--lr", "1e30"), 1, "lower --lr"),
+    (("--recommender", "autoint", "--dim", "7"), 2, "--dim"), (("--mlp", "0"), 2, "--mlp"), (("--scored-users", "-1"), 2, "--scored-users"),
+    (("--ablations", "--recommenders", "dcnv3"), 2, "dcnv3"), (("--ablations", "--lams", "-1"), 2, "--lams"),
+    (("--ablations", "--variants", "truth", "--scorer", "api"), 1, "--variants truth"), (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl")])
 def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
     with pytest.raises(SystemExit) as stop:
         sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, "--run", str(tmp_path / "r"), *flags])
