@@ -7,7 +7,7 @@ history; what it says is fused into the state. Then a judge looks where this mad
   1 base          the recommender alone
   2 collaborate   codes, prompts, extraction and fusion learn from the recommendation loss; the LLM is frozen
   3 judge         whose choices are predicted worse with the LLM's knowledge than without?
-  4 eliminate     LoRA on these users' texts, for these users; then all knowledge is written down, and served without an LLM
+  4 eliminate     LoRA on these users' texts, for these users; then the texts that are judged on are read once more and their vectors kept
 
 EQUATIONS (u a user, x_u the text of the history, h_u the behavioural state, s(u, i) the logit of an item)
   [1] state       h_u = W [e_u; mean of e_j over the past]                                       -> CoCo.state
@@ -53,7 +53,7 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
     saw of them in phase 4. --adapt all reads everybody with it: then what it does to the others is never trained.
   - Confidence (--judge confidence) is the probability of the right answers: of 1 - p for a negative. With nce it is the loss.
   - A served vector is a function of (text, code, with or without the adapter, which the user decides): at most K LLM passes per
-    text of a user, kept in knowledge.safetensors.
+    text of a user (K^levels with --levels), kept in knowledge.safetensors for the texts of validation and test.
   - --joint trains all of it in one phase, judged batch by batch.
 
   python coco.py --data toy:300x600x15000                                # 3 minutes on 2 cores
@@ -163,13 +163,19 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         if self.beta < 0 or self.dead < 0 or self.align < 0 or self.weight_decay < 0 or self.lora_lr < 0 or self.tau <= 0 or self.lr <= 0:
             raise ValueError("--beta, --dead, --align, --weight-decay and --lora-lr must not be negative, --tau and --lr positive")
+        if self.eliminate_lr < 0 or self.batch < 2 or not self.static_prompt.strip():
+            raise ValueError("--eliminate-lr must not be negative, --batch at least 2, --static-prompt not empty")
+        if self.recommender == "autoint" and self.dim % 2:
+            raise ValueError("--dim must be even for autoint, which has two heads")
+        if self.vq == "ema" and self.prompt in ("mixture", "shared"):
+            raise ValueError(f"--vq ema moves codes by who chooses them, and --prompt {self.prompt} chooses none; take --vq both")
         if not 0 <= self.dropout < 1 or not 0 <= self.decay < 1 or not self.mlp:
             raise ValueError("--dropout and --decay must be in [0, 1), --mlp not empty")
         if unknown := set(self.variants) - set(VARIANTS):
             raise ValueError(f"--variants {','.join(sorted(unknown))}: among {','.join(VARIANTS)}")
         try:
             self.group_prompt.format(field="", value="")
-        except (KeyError, IndexError, ValueError):
+        except (KeyError, IndexError, ValueError, AttributeError):
             raise ValueError("--group-prompt: only {field} and {value} may stand in braces") from None
 
 
@@ -193,9 +199,9 @@ class Rows:
         self.text_user, self.text_place = (torch.as_tensor(x.astype(np.int64), device=device) for x in pairs)
         number = np.split(number.ravel(), np.cumsum([len(u) for u, _ in asked])[:-1])
         tables = []
-        for (u, p), text, name in zip(asked, number, ("train", "valid", "test")):
+        for (u, p), text, name in zip(asked, number, ("train", "valid", "test")):             # to train with: may be held out
             many = {"train": args.negatives if args.head == "nce" else 1}.get(name, args.test_negatives)
-            negatives = datasets.negatives(data, u, many, cuda.key_seed(args.seed, f"{name} negatives") % 2**31)
+            negatives = datasets.negatives(data, u, many, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, logs.train_keys() if name == "train" else None)
             tables.append(torch.as_tensor(np.concatenate([np.stack([u, p, text, logs.item_at(u, p)]), negatives.T]).astype(np.int64), device=device))
         self.train, self.valid, self.test = tables
         ends = torch.bincount(self.train[2], minlength=len(self.text_user)).cumsum(0)          # rows of a text are neighbours
@@ -394,8 +400,9 @@ class CoCo(nn.Module):
         elif self.args.prompt == "shared":
             value = self.books[0].codes.expand(len(texts), -1)
         else:
-            for book in self.books:
+            for level, book in enumerate(self.books):
                 c, chosen, term = book(left)
+                c = c - (left - left.detach()) if level else c   # the task's gradient goes to the state once
                 value, index, terms, left = value + c, index * len(book.codes) + chosen, terms + term, left - c.detach()
         return self.words[0] + self.scale * self.to_prompt(value).view(len(texts), self.m, -1), index, terms
 
@@ -674,7 +681,7 @@ def first_level(model, texts):
 
 def adam(args, model, adapter=False, lr=None):
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": args.weight_decay}]
-    return torch.optim.Adam(groups + ([{"params": lora.parameters(model.llm), "lr": args.lora_lr}] if adapter else []), lr=lr or args.lr)
+    return torch.optim.Adam(groups + ([{"params": lora.parameters(model.llm), "lr": args.lora_lr}] if adapter else []), lr=args.lr if lr is None else lr)
 
 
 def adapt(model, on):
@@ -871,11 +878,11 @@ VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the s
 
 def ablations(args):
     """Every variant and seed, one run folder each; one table on test, and (with matplotlib) pilot.png: the gain of every
-    prompt by group of users. --resume goes on where it stopped."""
+    prompt by group of users. The same command again goes on where it stopped."""
     root = Path(args.run or f"runs/coco-ablations-{Path(args.data).name.replace(':', '-')}-{Path(args.backbone).name}")
     fields = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed).user_fields
-    names = args.variants or [n for n in VARIANTS if n not in ("gender", "age") or n in fields]
-    found = {name: [] for name in names}
+    names = [n for n in VARIANTS if (n in args.variants if args.variants else n not in ("gender", "age") or n in fields)]
+    found, runs = {name: [] for name in names}, []
     for seed in args.seeds or (args.seed,):
         for name in found:
             change, base = VARIANTS[name]
@@ -884,6 +891,7 @@ def ablations(args):
             now = dataclasses.replace(args, ablations=False, variants=(), seeds=(), seed=seed, run=str(folder(name)),
                                       resume=(folder(name) / "args.json").exists() and not args.overwrite, **change)
             found[name].append(train(now, folder(base) if base in found else None))
+            runs.append(folder(name))
     cells = [c for c in found[names[0]][0]["test"] if c != "log_loss" and "=" not in c]
     columns = {c: lambda r, c=c: r["test"][c] for c in cells} | {
         "NDCG@10": lambda r: r["ranking"]["ndcg@10"], "codes used": lambda r: r["codes"]["usage"], "perplexity": lambda r: r["codes"]["perplexity"],
@@ -891,7 +899,7 @@ def ablations(args):
     print(f"\ntest, mean ± std over {len(found[names[0]])} seeds\n{'':14}" + "".join(f"{c:>18}" for c in columns))
     table = summarise(found, columns, width=14)
     plot(found, root / "pilot.png")
-    return write_table(root, args, table)
+    return write_table(root, args, table, runs)
 
 
 def plot(found, path):

@@ -31,8 +31,14 @@ DEVIATIONS AND CHOICES. No code and no full text of the paper is public; what fo
   - The paper does not give prompts, candidates, group size, learning rates, list bounds or the text encoder's layer.
     They are flags; the encoder is the mean of the last hidden layer of the LLM as it was after phase 1, frozen:
     a live encoder would make every stored vector stale at each step of phase 4.
-  - The leak is closed: a reason written from the interaction (u, i) is masked when (u, i) is trained or evaluated,
-    and nothing is ever written from validation or test interactions.
+  - The leaks are closed: a reason written from the interaction (u, i) is masked when (u, i) is trained or evaluated, negatives
+    in training have one hidden as often (see match), and nothing is ever written from validation or test interactions. Negatives
+    to train with may be held-out items: were these spared, a user would never be pushed away from them alone. What stays: a
+    first pattern is written from the end of the training history, so that it may name a training target, never a held-out one.
+  - The score [6] has parts of its own beside the MLP: <z, last state of the encoder>, a bias per item that starts at the log of
+    its popularity, u * z as an input, and the pattern speaks for the user as well as for the query. Texts' vectors are whitened.
+  - A reason that is empty or cut off is worth the score without a new reason, minus 1.
+  - "Without update" steps the LLM and keeps all texts. As the texts are what is served, it serves what "without correction" does.
   - The signal [7] is the logit in fp32, not its sigmoid, which saturates and then has no differences to learn from.
   - A pass over all interactions of ML-1M would be 7.9 million generations; --correct-events takes the latest ones.
     Interactions with no user or item in common share a batch (and a GRPO step); see `schedule`.
@@ -48,6 +54,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,14 +166,17 @@ class Args:
             raise ValueError(f"--variants {','.join(heirs)}: needs full too, whose LLM it takes over")
         if self.recommend and not self.run:
             raise ValueError("--recommend needs --run FOLDER of a finished run")
-        if self.dim % self.heads:
-            raise ValueError("--dim must be a multiple of --heads")
-        for name in ("align_prompts", "align_tokens", "text_tokens", "reasons", "max_reasons", "max_history", "rm_batch",
-                     "negatives", "correct_batch", "llm_batch", "eval_prompts", "lora_rank", "rm_epochs", "top", "layers"):
+        if self.random_reasons and self.correct:
+            raise ValueError("--random-reasons needs --no-correct: phase 4 would correct reasons that belong to other items")
+        for name in ("align_prompts", "align_tokens", "text_tokens", "reasons", "max_reasons", "max_history", "rm_batch", "dim", "heads", "text_dim",
+                     "negatives", "correct_batch", "correct_events", "llm_batch", "eval_prompts", "lora_rank", "rm_epochs", "rm_patience",
+                     "rm_valid_users", "top", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if self.temperature <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError("--temperature must be positive and --dropout in [0, 1)")
+        if self.dim % self.heads:
+            raise ValueError("--dim must be a multiple of --heads")
+        if self.temperature <= 0 or self.rm_lr <= 0 or (self.lr is not None and self.lr <= 0) or not 0 <= self.dropout < 1:
+            raise ValueError("--temperature, --lr and --rm-lr must be positive and --dropout in [0, 1)")
 
 
 # 3 ---------------------------------------------------------------------------------------------------- the reward model
@@ -204,8 +214,10 @@ class RewardModel(nn.Module):
         its reasons, which is how often a positive has a masked one (see match)."""
         count = logs.item_counts()
         self.bias.weight.data[1:, 0] = torch.from_numpy(np.log((count + 1) / (count + 1).mean())) - math.log(self.args.negatives)
-        written = (texts.author >= 0).sum(1).cpu().numpy()
-        self.told.copy_(torch.from_numpy(np.minimum(written / np.maximum(count, 1), 1.0)))
+        users, positions = logs.train_events()
+        items = logs.item_at(users, positions)
+        wrote = (texts.author.cpu().numpy()[items] == users[:, None]).any(1)
+        self.told.copy_(torch.from_numpy(np.bincount(items, wrote, minlength=len(count)) / np.maximum(count, 1)))
 
     # [5] ------------------------------------------------------------------------------------------------------------
     def tables(self, texts):
@@ -362,9 +374,10 @@ def reason_prompt(history, pattern, item):
     return REASON.format(history=history_lines(history), pattern=pattern or "not known yet", item=item)
 
 
-def align_examples(logs, users, positions, candidates, seed):
-    """Prompts and target letters: the item at each position, hidden among random items the user never chose."""
-    others = datasets.negatives(logs.data, users, candidates - 1, seed)
+def align_examples(logs, users, positions, candidates, seed, seen=None):
+    """Prompts and target letters: the item at each position, hidden among random items that the user never chose (or that
+    are not among the keys seen, see datasets.negatives)."""
+    others = datasets.negatives(logs.data, users, candidates - 1, seed, seen)
     slot = np.random.default_rng([seed, 7]).integers(0, candidates, len(users))
     prompts = []
     for b, (u, p) in enumerate(zip(users, positions)):
@@ -406,7 +419,7 @@ def advantages(rewards, scale="group", delta=1e-4):
     """
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 completions: the advantage compares them with one another")
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0)
     return centred if scale == "none" else centred / (rewards.std(1, keepdim=True) + delta)
 
 
@@ -430,7 +443,7 @@ def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k
         loss = (token.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
     elif length_norm == "dapo":                                       # every token weighs the same
         loss = token.sum() / mask.sum().clamp(min=1)
-    else:                                                             # dr_grpo: by a constant, no length bias
+    else:                                                             # dr_grpo: all by the longest of the batch, no length bias
         loss = token.sum() / mask.numel()
     n = mask.sum().clamp(min=1)
     with torch.no_grad():
@@ -468,10 +481,8 @@ class Policy:
         self.eos = llm.eos_ids(self.model, self.tokenizer)
         self.start()
 
-    def start(self, adapter=None):
-        """A fresh optimiser on the adapter (given, or as it is): AdamW without weight decay."""
-        if adapter is not None:
-            lora.load_state(self.model, adapter)
+    def start(self):
+        """A fresh optimiser on the adapter as it is: AdamW without weight decay."""
         self.lr = self.args.lr or (2e-3 if self.args.backbone == "tiny" else 1e-5)
         self.optimizer = torch.optim.AdamW(lora.parameters(self.model), lr=self.lr, weight_decay=0.0)
 
@@ -543,7 +554,7 @@ def rank_all(args, model, logs, texts, which, limit=None, ranks_only=False):
     """Full ranking of the held-out item among all items the user has not had before. which: "valid" or "test"."""
     model.eval()
     device = next(model.parameters()).device
-    users = logs.judged if limit is None else logs.judged[:: max(1, len(logs.judged) // limit)]
+    users = logs.judged if limit is None else logs.judged[::-(-len(logs.judged) // limit)]
     target = logs.n_train[users] + (which == "test")                                          # position of the target
     tables = model.tables(texts) if args.features != "ids" else None
     ranks, started = [], time.perf_counter()
@@ -591,10 +602,11 @@ def align(args, run, policy, logs):
     valid = held_out(0)
     users, positions = logs.train_events()
     users, positions = users[positions > 0], positions[positions > 0]
+    seen = logs.train_keys()
     for step in progress(range(step, args.align_steps), "align", args.align_steps, initial=step):
         rng = np.random.default_rng([args.seed, 5, step])
         pick = rng.integers(0, len(users), args.align_prompts)
-        prompts, targets = align_examples(logs, users[pick], positions[pick], args.candidates, cuda.key_seed(args.seed, "candidates", step) % 2**31)
+        prompts, targets = align_examples(logs, users[pick], positions[pick], args.candidates, cuda.key_seed(args.seed, "candidates", step) % 2**31, seen)
         prompts, targets = prompts[rank::world], targets[rank::world]
         tokens, out, texts = policy.sample(prompts, args.align_tokens, ("align", step, rank))
         rules = torch.tensor([[rule_rewards(t, args.candidates, k) for t in group] for group, k in zip(texts, targets)],
@@ -772,7 +784,7 @@ def diversity(texts):
 def train_reward_model(args, run, logs, texts, device, name="reward"):
     """Phase 3: every training interaction against --negatives items that the user never had (--rm-loss).
 
-    The epoch that does best on validation users is kept. Returns (reward model, {"best_epoch", "valid": report}).
+    The epoch that does best on validation users is kept, as "best/" of the checkpoint. Returns what it reached.
     """
     torch.manual_seed(args.seed)
     model = RewardModel(args, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device)
@@ -782,7 +794,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], lr=args.rm_lr)
     L = args.max_history
-    weights = (logs.item_counts() + 1.0) ** args.negative_power
+    weights, seen = (logs.item_counts() + 1.0) ** args.negative_power, logs.train_keys()
     log_q = torch.as_tensor(np.log(weights / weights.mean()), dtype=torch.float32, device=device)
     # A user's training sequence is cut into windows of L targets; the cut moves from epoch to epoch.
     saved, first, best, best_epoch, stale = run.begin(name), 0, -1.0, 0, 0
@@ -803,7 +815,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
             torch.manual_seed(cuda.key_seed(args.seed, "rm", epoch, s) % 2**31)               # dropout, on resume too
             sequence = logs.histories(u, end, int((end - start).max()), start).to(device)
             others = datasets.negatives(logs.data, u, args.negatives, cuda.key_seed(args.seed, "neg", epoch, s) % 2**31,
-                                        weights=weights if args.negative_power else None)
+                                        seen, weights if args.negative_power else None)
             others = torch.as_tensor(others, device=device).long()
             lr = args.rm_lr * min((epoch * count + s + 1) / 100, 1.02 - (epoch + s / count) / args.rm_epochs)
             for group in optimizer.param_groups:
@@ -830,8 +842,16 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
         run.save(name, prefix("now/", model.state_dict()) | prefix("best/", best_model)
                  | run.optimizer_tensors(optimizer),
                  {"epoch": epoch + 1, "best": best, "best_epoch": best_epoch, "stale": stale})
-    model.load_state_dict(best_model)
-    return model.eval(), {"best_epoch": best_epoch, "valid_ndcg@10": round(best, 4)}
+    return {"best_epoch": best_epoch, "valid_ndcg@10": round(best, 4)}
+
+
+def reward_model(args, run, logs, texts, device, name="reward"):
+    """Phase 3, or what it left in the run folder: the reward model."""
+    if not run.done(name):
+        run.finish(name, train_reward_model(args, run, logs, texts, device, name))
+    model = RewardModel(args, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device)
+    model.load_state_dict(strip(run.load(name)[0], "best/"))
+    return model.eval()
 
 
 # phase 4 ------------------------------------------------------------------------------------------------------------
@@ -919,12 +939,18 @@ def prepare(args):
     if args.min_rating > 0:
         data = datasets.min_rating(data, args.min_rating)
     lowest = args.min_interactions if args.min_interactions is not None else (30 if data.world is None else 1)
+    if (most := np.bincount(data.user).max()) < lowest:
+        raise UserError(f"--data {args.data}: no user has {lowest} interactions, the most is {most}; lower --min-interactions")
     data = datasets.min_interactions(data, lowest)
     if args.users:
         data = datasets.sample_users(data, args.users, args.seed)
     logs = Logs(data, args.prompt_history)
-    if len(logs.judged) == 0:
-        raise UserError(f"--data {args.data}: no user has the 3 interactions that training, validation and test need")
+    if len(logs.judged) == 0 or logs.n_train.max() < 2:
+        raise UserError(f"--data {args.data}: no user has the 4 interactions that training, validation and test need")
+    unseen = int(len(data.items) - np.diff(logs.bounds).max())
+    if unseen < max(args.negatives, args.candidates - 1):
+        raise UserError(f"--data {args.data}: a user has had all but {unseen} of {len(data.items)} items, and --negatives {args.negatives} and "
+                        f"--candidates {args.candidates} take more; lower them, or bring a larger catalogue")
     return logs
 
 
@@ -969,20 +995,19 @@ def train(args):
         if not run.done("write"):
             run.finish("write", write_texts(args, run, policy, logs))
         result["texts"] = run.done("write")
-        texts = restore_texts(args, run, "texts", logs, device)
+        texts = restore_texts(args, logs, device, *run.load("texts"))
         if args.random_reasons:
             texts.deal_out(np.random.default_rng([args.seed, 29]))
-    model, fit = train_reward_model(args, run, logs, texts, device)
-    if not run.done("reward"):
-        run.finish("reward", fit)
+    model = reward_model(args, run, logs, texts, device)
     if words and args.correct:
         if not run.done("correct"):
             run.finish("correct", correct(args, run, policy, logs, model, texts))
         result["correct"] = run.done("correct")
         tensors, state = run.load("correct")
-        texts.restore(strip(tensors, "texts/"), state)
+        texts = restore_texts(args, logs, device, strip(tensors, "texts/"), state)
         if args.refit:
-            model, result["refit"] = train_reward_model(args, run, logs, texts, device, name="refit")
+            model = reward_model(args, run, logs, texts, device, "refit")
+            result["refit"] = run.done("refit")
     run.save("served", model.state_dict() | prefix("texts/", texts.tensors()), texts.state())
     valid, test = (rank_all(args, model, logs, texts, which) for which in ("valid", "test"))
     run.log("serve", 1, 1, ms_per_user=test.pop("ms_per_user"))
@@ -998,8 +1023,7 @@ def train(args):
     return run.result(result)
 
 
-def restore_texts(args, run, name, logs, device):
-    tensors, state = run.load(name)
+def restore_texts(args, logs, device, tensors, state):
     texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, args.text_dim, device)
     return texts.restore(tensors, state)
 
@@ -1052,8 +1076,8 @@ def recommend(args):
         raise UserError(f"--recommend {args.recommend}: no such user; for example {', '.join(logs.data.users[:5])}")
     u = logs.data.users.index(args.recommend)
     run = Run(old, "curec", logs.data.fingerprint)
-    texts = served_texts(old, run, logs, device)
-    tensors, _ = run.load("served")
+    tensors, state = run.load("served")
+    texts = restore_texts(old, logs, device, strip(tensors, "texts/"), state)
     model = RewardModel(old, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device).eval()
     model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("texts/")})
     found = explain(old, model, logs, texts, u, args.top)
@@ -1076,18 +1100,11 @@ def explain(args, model, logs, texts, u, top):
     scores = model.score_catalogue(users, history, texts)[0]
     scores[torch.as_tensor(logs.sequence(u).astype(np.int64), device=device)] = -torch.inf
     shown = []
-    for i in scores.topk(min(top, len(scores))).indices.tolist():
+    for i in scores.topk(min(top, int(torch.isfinite(scores).sum()))).indices.tolist():
         w = [] if args.features == "ids" else model.match(users, torch.tensor([[i + 1]], device=device), texts, return_weights=True)[0, 0].mean(0).tolist()
         reasons = [{"weight": round(weight, 4), "text": entry["text"]} for entry, weight in sorted(zip(texts.reason[i], w[1:]), key=lambda x: -x[1])]
         shown.append({"title": logs.lines[i], "score": round(float(scores[i]), 4), "reasons": reasons})
     return {"user": logs.data.users[u], "history": logs.history(u, end[0])[-5:], "pattern": texts.pattern[u], "top": shown}
-
-
-def served_texts(args, run, logs, device):
-    tensors, state = run.load("served")
-    tensors = strip(tensors, "texts/")
-    return Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, args.text_dim,
-                 device).restore(tensors, state)
 
 
 WRITTEN = ("aligned.safetensors", "align.safetensors", "texts.safetensors", "texts.jsonl")
@@ -1108,14 +1125,17 @@ VARIANTS = {   # name: (what changes, phases taken over from "full", their files
 
 
 def ablations(args):
-    """Every variant and seed, one run folder each, one table at the end; --resume goes on where it stopped."""
+    """Every variant and seed, one run folder each, one table at the end. The same command again goes on where it
+    stopped."""
     root = Path(args.run or f"runs/curec-ablations-{Path(args.data).name}-{Path(args.backbone).name}")
-    table = {}
+    table, runs = {}, []
     for seed in args.seeds or (args.seed,):
         for name, (change, phases, files) in VARIANTS.items():
             if args.variants and name not in args.variants:
                 continue
             folder = root / f"s{seed}" / re.sub(r"\W+", "-", name)
+            if args.overwrite and (folder / "args.json").exists():
+                shutil.rmtree(folder)
             now = dataclasses.replace(args, ablations=False, seeds=(), variants=(), seed=seed, run=str(folder), **change)
             print(f"\n=== {name}, seed {seed}", flush=True)
             if phases and not (folder / "args.json").exists():
@@ -1127,6 +1147,7 @@ def ablations(args):
             elif (folder / "phases.json").exists():
                 now = dataclasses.replace(now, resume=True, overwrite=False)
             table.setdefault(name, []).append(train(now))
+            runs.append(folder)
     first = next(iter(table.values()))
     columns = {"NDCG@10": lambda r: r["test"]["ndcg@10"], "Recall@10": lambda r: r["test"]["recall@10"],
                "NDCG@20": lambda r: r["test"]["ndcg@20"], "attention": lambda r: r["attention_entropy"]["mean"],
@@ -1135,7 +1156,7 @@ def ablations(args):
           f"the LLM\n{'':18}" + "".join(f"{name:>18}" for name in columns))
     table |= {name: [{"test": r[key]} for r in first] for name, key in (("popularity", "popularity"),
               ("Bayes-optimal", "bayes_optimal")) if key in first[0]}
-    return write_table(root, args, summarise(table, columns, width=18, digits=4))
+    return write_table(root, args, summarise(table, columns, width=18, digits=4), runs)
 
 
 if __name__ == "__main__":

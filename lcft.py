@@ -671,9 +671,10 @@ def choose(reports, floor):
 
 def ablations(args):
     """Every objective, swept value and seed, one run folder each; one table on test, the sweep on validation, and (with
-    matplotlib) ece.png: calibration error against λ. --resume goes on where it stopped."""
+    matplotlib) ece.png: calibration error against λ. The same command again goes on where it stopped."""
     root = Path(args.run or f"runs/lcft-ablations-{Path(args.data).name}-{Path(args.backbone).name}")
     found = {name: {value: [] for value in values} for name, values in chosen_variants(args.variants).items()}
+    runs = []
     for seed in args.seeds or (args.seed,):
         for name in found:
             change, flag, _ = VARIANTS[name]
@@ -683,6 +684,7 @@ def ablations(args):
                 now = dataclasses.replace(args, ablations=False, variants=(), seeds=(), seed=seed, run=str(folder), **change | {flag: value})
                 again = (folder / "args.json").exists() and not args.overwrite
                 found[name][value].append(train(dataclasses.replace(now, resume=again)))
+                runs.append(folder)
     floor = np.mean([r["valid"]["auc"] for r in found["off"][0.0]]) - 0.005
     cell = lambda runs, split, key: metrics.summary([r[split][key] for r in runs])
     shown = lambda runs, split: "".join(metrics.shown(cell(runs, split, key)) for key in COLUMNS.values())
@@ -698,7 +700,7 @@ def ablations(args):
         print(f"{name + f' {value:g}':20}{shown(by_value[value], 'test')}")
         table[f"{name} {value:g}"] = {column: cell(by_value[value], "test", key) for column, key in COLUMNS.items()}
     plot(found, root / "ece.png")
-    return write_table(root, args, table)
+    return write_table(root, args, table, runs)
 
 
 def plot(found, path):

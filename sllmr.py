@@ -48,8 +48,8 @@ DEVIATIONS AND CHOICES
   - KD (--llm-loss kd) is BCE against the LLM's score as a soft label, on what was scored (the paper's KD: of a fine-tuned LLM,
     on the rows), pointwise is the paper's MSE; both use the same scores as the gates. KAR (kar) gives the model vectors of the
     item's text and of the past items' texts as inputs, from --backbone as it is, whatever the scores come from.
-  - A negative is an item that the user never chose, in training or held out, as is usual. So a test target never was a training
-    negative of its user, as a few test negatives have been (3 % on 1,000 users of MovieLens-1M): all methods gain alike.
+  - A training negative is an item that the user did not choose in training, and may be a held-out one: were these spared, no
+    user would ever be pushed away from them. A negative to judge by is one that the user never chose.
   - A score that the LLM leaves out is unknown and makes no pair; the paper sets it to 0.5.
   - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts; of an item's categories
     the first eight.
@@ -228,12 +228,12 @@ class Rows:
         self.categories = np.zeros((n + 1, max(1, *map(len, every))), dtype=np.int64)
         for i, names in enumerate(every, 1):
             self.categories[i, :len(names)] = [number[name] for name in names]
-        self.train, self.valid, self.test = (self.table(*pairs, cuda.key_seed(args.seed, f"{name} negatives") % 2**31)
-                                             for name, pairs in zip(("train", "valid", "test"), asked))
+        self.train, self.valid, self.test = (self.table(*pairs, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen)
+                                             for name, pairs, seen in zip(("train", "valid", "test"), asked, (logs.train_keys(), None, None)))
 
-    def table(self, users, place, seed):
-        """(4, n) user, place, target, negative: each column stands for two rows."""
-        negative = datasets.negatives(self.data, users, 1, seed)[:, 0]
+    def table(self, users, place, seed, seen):
+        """(4, n) user, place, target, negative: each column stands for two rows. seen: see datasets.negatives."""
+        negative = datasets.negatives(self.data, users, 1, seed, seen)[:, 0]
         return torch.as_tensor(np.stack([users, place, self.logs.item_at(users, place), negative]).astype(np.int64), device=self.device)
 
     def history(self, users, place):
@@ -927,7 +927,7 @@ def ablations(args):
     for seed in args.seeds or (args.seed,):
         if args.overwrite and (root / f"scores-s{seed}" / "scores-args.json").exists():
             shutil.rmtree(root / f"scores-s{seed}")
-    tables = {}   # {recommender, variant, lambda: its row}
+    tables, runs = {}, []   # {recommender, variant, lambda: its row}
     for recommender in args.recommenders or (args.recommender,):
         found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)} for name in args.variants or known}
         for seed in args.seeds or (args.seed,):
@@ -939,6 +939,7 @@ def ablations(args):
                     now = dataclasses.replace(args, ablations=False, seeds=(), recommenders=(), variants=(), lams=Args.lams, recommender=recommender,
                                               seed=seed, lam=lam, run=str(folder), resume=again, **VARIANTS[name])
                     found[name][lam].append(train(now, root / f"scores-s{seed}"))
+                    runs.append(folder)
         print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, mean ± std over {len(args.seeds or (0,))} seeds")
         print(f"{'':18}" + "".join(f"{cell.replace('_', ' '):>18}" for cell in CELLS) + f"{'gate AUC':>18}")
         for name, by_lam in found.items():
@@ -949,7 +950,7 @@ def ablations(args):
             print(f"{f'{name} {lam:g}':18}" + "".join(metrics.shown(cells.get(c)) for c in (*CELLS, "gate_auc")))
             tables[f"{recommender}, {name} {lam:g}"] = cells
         plot(root / recommender)
-    return write_table(root, args, tables)
+    return write_table(root, args, tables, runs)
 
 
 def plot(folder):

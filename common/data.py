@@ -771,22 +771,22 @@ def split_ratio(data, valid=0.1, test=0.1):
     return parts(label)
 
 
-def negatives(data, users, n, seed, exclude=None, weights=None):
-    """(len(users), n) int32: items that the user never had, in training or held out; no repeats in a row.
+def negatives(data, users, n, seed, seen=None, weights=None):
+    """(len(users), n) int32: items that the user has not seen, no repeats in a row.
 
-    Uniform, or by weights (n_items,); a pure function of its arguments. exclude (len(users), m): further items
-    that a row must not hold, -1 for none. Raises UserError if a user has fewer than n such items.
+    seen: sorted keys user * n_items + item. By default all that the user ever had: negatives to judge by. To train with,
+    give Logs.train_keys: were held-out items spared, they would be the only ones that a user's vector is never pushed
+    away from, which tells them. Uniform, or by weights (n_items,); a pure function of its arguments. Raises UserError if a
+    user has fewer than n such items.
     """
-    users, N, seen = np.asarray(users, dtype=np.int64), len(data.items), data.seen_keys()
-    exclude = np.full((len(users), 1), -1) if exclude is None else np.asarray(exclude, dtype=np.int64)
+    users, N, seen = np.asarray(users, dtype=np.int64), len(data.items), data.seen_keys() if seen is None else seen
     low, high = np.searchsorted(seen, users * N), np.searchsorted(seen, (users + 1) * N)
 
     def unseen(row):
-        return np.setdiff1d(np.arange(N), np.append(seen[low[row]:high[row]] - users[row] * N, exclude[row]))
-    for row in np.flatnonzero(N - (high - low) - exclude.shape[1] < n):    # few; maybe not enough for them
-        if len(unseen(row)) < n:
-            raise UserError(f"user {data.users[users[row]]} has had all but {len(unseen(row))} of {N} items: "
-                            f"no {n} negatives can be drawn; ask for fewer, or bring a larger catalogue")
+        return np.setdiff1d(np.arange(N), seen[low[row]:high[row]] - users[row] * N)
+    for row in np.flatnonzero(N - (high - low) < n):             # too few
+        raise UserError(f"user {data.users[users[row]]} has had all but {len(unseen(row))} of {N} items: "
+                        f"no {n} negatives can be drawn; ask for fewer, or bring a larger catalogue")
     rng = np.random.default_rng(seed)
     share = None if weights is None else np.cumsum(weights) / np.sum(weights)
 
@@ -799,8 +799,6 @@ def negatives(data, users, n, seed, exclude=None, weights=None):
         part = drawn[rows]
         key = users[rows, None] * N + part
         bad = seen[np.minimum(np.searchsorted(seen, key), len(seen) - 1)] == key
-        for column in exclude[rows].T:
-            bad |= part == column[:, None]
         order = np.argsort(part, axis=1, kind="stable")
         ranked, again = np.take_along_axis(part, order, 1), np.zeros_like(bad)
         np.put_along_axis(again, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], 1)

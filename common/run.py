@@ -188,11 +188,10 @@ def summarise(found, columns, width, digits=6):
     return rows
 
 
-def write_table(root, args, rows):
+def write_table(root, args, rows, runs):
     """The end of an ablation: table.json and report.html in its folder, RESULT {json} on standard output. rows: {name:
-    {column: summary}}. Returns them."""
+    {column: summary}}. runs: the folders that they are made of. Returns rows."""
     from common import report
-    runs = sorted(path.parent for path in Path(root).glob("**/result.json"))
     record = {"ablations": rows, "data": args.data, "backbone": args.backbone, "seeds": list(args.seeds or (args.seed,))}
     headers = [json.loads((folder / "header.json").read_text()) for folder in runs]
     made = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "runs": len(runs),
@@ -375,10 +374,6 @@ class Run:
     # files ---------------------------------------------------------------------------------
     def write_jsonl(self, name, rows):
         write_atomically(self.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-
-    def read_jsonl(self, name):
-        path = self.folder / f"{name}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def header(self, **facts):
         """What was run, on what, on which data: printed once and kept in header.json, where `finish` adds the minutes that it

@@ -60,6 +60,11 @@ class Logs:
         order = np.lexsort((positions, users, self.times[self.bounds[users] + positions]))
         return users[order], positions[order]
 
+    def train_keys(self):
+        """What each user had in training, sorted keys user * n_items + item: what negatives to train with must spare."""
+        users, positions = self.train_events()
+        return np.unique(users.astype(np.int64) * len(self.data.items) + self.item_at(users, positions))
+
     def item_counts(self):
         """How often each item was chosen in training, (n_items,) int64: its popularity."""
         users, positions = self.train_events()

@@ -109,6 +109,9 @@ def test_no_text_holds_what_it_is_to_predict_and_every_row_finds_its_own():
     had = {(int(u), int(i)) for u, i in zip(rows.data.user, rows.data.item)}
     for u, _, _, target, *negatives in rows.test.T.tolist():
         assert (u, target) in had and not any((u, i) in had for i in negatives)
+    held = {(u, t) for u, _, _, t in [*rows.valid.T[:, :4].tolist(), *rows.test.T[:, :4].tolist()]}
+    drawn = {(u, i) for u, _, _, _, *negatives in rows.train.T.tolist() for i in negatives}
+    assert drawn & had and drawn & had <= held                    # those may be drawn: to spare them would tell them
     texts = torch.tensor([5, 0, 9])
     table, owner = rows.of_texts(texts)
     want = [r for t in texts.tolist() for r in rows.train.T.tolist() if r[2] == t]

@@ -18,6 +18,7 @@ import pytest
 from common import data as datasets
 from common.data import Data, load
 from common.run import UserError
+from common.sequences import Logs
 
 
 @pytest.fixture(autouse=True)
@@ -741,12 +742,12 @@ def test_weighted_negatives_are_drawn_in_proportion_to_their_weights_and_are_sti
     assert share[free].sum() == pytest.approx(1) and np.abs(share[free] - weights[free] / weights[free].sum()).max() < 0.01
 
 
-def test_negatives_exclude_further_items_by_row():
-    d = logs((0, 0), (1, 1), n_items=6)
-    drawn = datasets.negatives(d, [0, 1, 0], 3, 0, exclude=[[1, 2], [2, 3], [-1, 0]])
-    assert set(drawn[0]) == {3, 4, 5} and set(drawn[1]) == {0, 4, 5} and 0 not in drawn[2]
-    with pytest.raises(UserError, match="no 4 negatives"):
-        datasets.negatives(d, [0], 4, 0, exclude=[[1, 2]])
+def test_negatives_to_train_with_spare_what_was_learned_from_and_nothing_else():
+    d = logs(*((0, k) for k in range(5)), n_items=8)                         # items 3 and 4 are held out
+    drawn = datasets.negatives(d, np.zeros(3000, int), 1, 0, seen=Logs(d, 10).train_keys())
+    assert set(drawn[:, 0]) == {3, 4, 5, 6, 7} and set(datasets.negatives(d, np.zeros(3000, int), 1, 0)[:, 0]) == {5, 6, 7}
+    with pytest.raises(UserError, match="all but 5 of 8 items"):
+        datasets.negatives(d, [0], 6, 0, seen=Logs(d, 10).train_keys())
 
 
 def test_who_has_seen_nearly_everything_gets_the_rest_or_an_error():

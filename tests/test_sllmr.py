@@ -166,7 +166,7 @@ def test_the_rows_of_the_papers_table_1(name, reviews, cold):
     assert 2 * r.train.shape[1] == reviews and 2 * int((r.train[1] <= 3).sum()) == cold
 
 
-def test_a_row_reads_only_what_came_before_its_target_and_a_negative_is_never_of_the_user():
+def test_a_row_reads_only_what_came_before_its_target_and_a_negative_to_judge_by_is_never_of_the_user():
     r = rows(max_history=4)
     for table in (r.train, r.valid, r.test):
         history = r.history(table[0], table[1])
@@ -175,7 +175,8 @@ def test_a_row_reads_only_what_came_before_its_target_and_a_negative_is_never_of
             sequence = r.logs.sequence(u)
             want = (sequence[max(0, p - 4):p] + 1).tolist()
             assert history[k].tolist() == want + [0] * (4 - len(want)) and want
-            assert target == sequence[p] and negative not in sequence
+            assert target == sequence[p] and negative not in (sequence[:-2] if table is r.train else sequence)
+    assert any(n in r.logs.sequence(u)[-2:] for u, n in r.train[[0, 3]].T.tolist())          # or a held-out item would be told by that
     assert (r.train[1] < torch.as_tensor(r.logs.n_train)[r.train[0]]).all()
     assert (r.valid[1] == torch.as_tensor(r.logs.n_train)[r.valid[0]]).all() and (r.test[1] == r.valid[1] + 1).all()
 
