@@ -1,25 +1,26 @@
-# Everything runs in .venv, which is made on first use. PYTHON=... uses an environment of your own instead.
+# Everything runs in .venv, which is made on first use, or with PYTHON=... in an environment of your own, as it is.
 # make results METHOD=lcft DATA=toy runs a part of it.
 VENV := .venv
+READY := $(if $(PYTHON),,$(VENV)/ready)
 PYTHON ?= $(VENV)/bin/python
 .PHONY: demo test bench bench-gpu backbone results clean
 
-demo: $(VENV)/ready
+demo: $(READY)
 	$(PYTHON) curec.py --data toy --backbone tiny --align-steps 60 --run runs/demo --overwrite
 
-test: $(VENV)/ready-test
+test: $(addsuffix -test,$(READY))
 	$(PYTHON) -m pytest -q tests
 
-bench-gpu: $(VENV)/ready-bench
+bench-gpu: $(addsuffix -bench,$(READY))
 	$(PYTHON) tests/bench/gpu.py
 
-bench: $(VENV)/ready-bench
+bench: $(addsuffix -bench,$(READY))
 	$(PYTHON) tests/bench/bench.py
 
-backbone: $(VENV)/ready
+backbone: $(READY)
 	$(PYTHON) -m common.make_tiny --out common/tiny
 
-results: $(VENV)/ready
+results: $(READY)
 	$(PYTHON) -m common.results --method "$(METHOD)" --data "$(DATA)"
 
 $(VENV)/bin/python:

@@ -78,7 +78,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, main, prefix, progress, pyplot, strip, summarise, write_table
+from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, summarise, write_table
 from common.sequences import Logs
 
 
@@ -157,14 +157,12 @@ class Args:
     def check(self):
         if self.prompt not in ("codebook", "mixture", "shared", "static", "none") and not self.prompt.startswith("group:"):
             raise ValueError("--prompt is codebook, mixture, shared, static, none or group:FIELD")
-        for name in ("negatives", "test_negatives", "dim", "max_history", "prompt_history", "text_every", "codes", "levels", "prompt_len", "batch",
-                     "base_batch", "epochs", "eliminate_epochs", "eliminate_batch", "judge_least", "base_epochs", "patience", "rank_users", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if self.beta < 0 or self.dead < 0 or self.align < 0 or self.weight_decay < 0 or self.lora_lr < 0 or self.tau <= 0 or self.lr <= 0:
-            raise ValueError("--beta, --dead, --align, --weight-decay and --lora-lr must not be negative, --tau and --lr positive")
-        if self.eliminate_lr < 0 or self.batch < 2 or not self.static_prompt.strip():
-            raise ValueError("--eliminate-lr must not be negative, --batch at least 2, --static-prompt not empty")
+        at_least(self, 2, "batch")                               # z is standardised over a batch
+        at_least(self, 1, "negatives test_negatives dim mlp max_history prompt_history text_every codes levels prompt_len base_batch epochs "
+                          "eliminate_epochs eliminate_batch judge_least base_epochs patience rank_users lora_rank")
+        at_least(self, 0, "beta dead align weight_decay lora_lr eliminate_lr lora_alpha")
+        if self.tau <= 0 or self.lr <= 0 or not self.static_prompt.strip():
+            raise ValueError("--tau and --lr must be positive, --static-prompt not empty")
         if self.recommender == "autoint" and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
         if self.vq == "ema" and self.prompt in ("mixture", "shared"):

@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit
-from common.run import Run, UserError, main, prefix, progress, strip, summarise, write_table
+from common.run import Run, UserError, at_least, main, prefix, progress, strip, summarise, write_table
 from common.sequences import Logs, bayes, popularity
 
 
@@ -168,11 +168,9 @@ class Args:
             raise ValueError("--recommend needs --run FOLDER of a finished run")
         if self.random_reasons and self.correct:
             raise ValueError("--random-reasons needs --no-correct: phase 4 would correct reasons that belong to other items")
-        for name in ("align_prompts", "align_tokens", "text_tokens", "reasons", "max_reasons", "max_history", "rm_batch", "dim", "heads", "text_dim",
-                     "negatives", "correct_batch", "correct_events", "llm_batch", "eval_prompts", "lora_rank", "rm_epochs", "rm_patience",
-                     "rm_valid_users", "top", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        at_least(self, 1, "align_steps align_prompts align_tokens text_tokens reasons max_reasons max_history rm_batch dim heads text_dim negatives "
+                          "correct_batch correct_events llm_batch eval_prompts lora_rank rm_epochs rm_patience rm_valid_users top layers prompt_history")
+        at_least(self, 0, "min_interactions weights clip beta correct_lr_scale lora_alpha max_grad_norm weight_decay negative_power")
         if self.dim % self.heads:
             raise ValueError("--dim must be a multiple of --heads")
         if self.temperature <= 0 or self.rm_lr <= 0 or (self.lr is not None and self.lr <= 0) or not 0 <= self.dropout < 1:

@@ -31,9 +31,10 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
     bound, and without one the loss has no minimum; --cap bounds it. A hinge max(0, cap - D) is the same up to a constant.
   - `--kl official` follows the code: the reversed KL, P- detached, summed over all positions that differ and the whole
     vocabulary, CE on the whole row of x+, lambda = 1e-4, cap = 10,000 (there on a micro-batch, here on a pair). It is
-    computed from log-probabilities: the code's log(softmax) gives NaN gradients at gaps that fp32 cannot hold. Rows are
-    aligned from the answer backwards; the code compares by index, off by one where the questions differ in length.
-  - [3] has no finite optimum, and where P- is surer of the answer than P+ it pushes the right answer down:
+    computed from log-probabilities: the code's log(softmax) gives NaN gradients at gaps that fp32 cannot hold. The rows are
+    aligned from the answer back to where they begin to differ; the code compares by index, off by one from where the questions
+    differ in length.
+  - [3] has no finite optimum, and where P- is surer of the answer than P+ its second term pushes the right answer down:
     -dL/ds = (1 - p) + lambda (p - n).
   - `--kl bounded` asks for what is meant: P-(Yes) = P+(No). Pushing P+ and P- apart, however bounded, has no gradient where
     both answers are equal (which is where a contradiction starts), pays for over-confidence, and over the whole
@@ -49,11 +50,12 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
   - CoLLM trains the logit of Yes alone, by binary cross-entropy: --ce yes, which then also is the score. By default both
     hosts have [1] and [6]: where No is never trained, Yes against No says little on contradictions.
   - Neither the wording of the flip for CoLLM nor which stage has the KL term is public: --kl-stages, both by default.
-  - MovieLens-1M: CoLLM's rows came with a file of its own; ours are all ratings of the same months.
+  - MovieLens-100K: TALLRec's 10,000 rows are the last of its list of users' sequences (80 users train, 14 validate, 16 test); ours
+    are as many, the last in time, so that nobody learns from what happens later. MovieLens-1M: CoLLM's rows came with a file of its own; ours are all ratings of the same months.
 
   python lcft.py --data toy --kl bounded                                 # 4 minutes on 2 cores
   python lcft.py --data ml1m --host collm --backbone Qwen/Qwen2.5-1.5B    # on a GPU
-  python lcft.py --ablations --seeds 0,1,2 --data ml100k                 # all objectives, lambda by validation
+  python lcft.py --ablations --seeds 0,1,2 --data ml100k                 # the objectives, lambda by validation
 """
 
 # 1 ---------------------------------------------------------------------------------------------------- imports
@@ -69,7 +71,7 @@ import torch.nn.functional as F
 
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines, item_line
-from common.run import Run, UserError, main, prefix, progress, pyplot, strip, write_table
+from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, write_table
 
 
 # 2 ---------------------------------------------------------------------------------------------------- arguments
@@ -85,13 +87,13 @@ class Args:
     seed: int = 0  # of everything
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # of the frozen backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
-    ablations: bool = False  # run every objective of VARIANTS and print one table
+    ablations: bool = False  # run every objective of VARIANTS and print one table (it sets --kl, --bound, --lam and --neg-ce)
     variants: tuple[str, ...] = ()  # with --ablations: rows of VARIANTS such as off,hinge:0.5,hinge:1 (default: all)
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     # -- data
     like_above: float | None = None  # a rating above this is a like (default 3; of BookCrossing's ten points 5)
     min_history: int | None = None  # earlier ratings that a row needs (default 1; on ml100k the published 10)
-    shots: int = 0  # train on so many rows, half likes, half dislikes (published: 16, 64, 256); 0 is all
+    shots: int = 0  # train on so many rows, half likes, half dislikes (published: 16, 64, 256, drawn at random); 0 is all
     users: int | None = None  # keep a seeded sample of so many users
     # -- backbone
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
@@ -140,20 +142,18 @@ class Args:
         chosen_variants(self.variants)
         if self.flip not in FLIPS:
             raise ValueError(f"--flip {self.flip}: one of {', '.join(FLIPS)}")
-        if self.shots % 2 or self.shots < 0:
+        if self.shots % 2:
             raise ValueError("--shots must be even: half likes, half dislikes")
-        for name in ("batch", "micro_batch", "steps", "eval_every", "patience", "eval_rows", "eval_batch", "lora_rank", "mf_dim",
-                     "mf_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        at_least(self, 1, "batch micro_batch steps eval_every patience eval_rows eval_batch lora_rank mf_dim mf_epochs")
+        at_least(self, 0, "prompt_history min_history shots warmup lora_alpha max_grad_norm lam neg_ce")
         if not 0 <= self.lam_ramp <= 1:
             raise ValueError("--lam-ramp must be in [0, 1]")
-        if (self.lam or 0) < 0 or self.neg_ce < 0 or (self.cap is not None and self.cap <= 0):
-            raise ValueError("--lam and --neg-ce must not be negative, --cap must be positive")
+        if not all(x is None or x > 0 for x in (self.cap, self.lr, self.mf_lr, self.map_lr)):
+            raise ValueError("--cap, --lr, --mf-lr and --map-lr must be positive")
+        if self.kl == "official" and (self.host == "collm" or self.ce == "yes"):
+            raise ValueError("--kl official is the released code's loss: TALLRec's, on the whole row; leave --host collm and --ce yes out")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError("--lora-dropout must be in [0, 1)")
-        if self.prompt_history < 0 or (self.min_history or 0) < 0:
-            raise ValueError("--prompt-history and --min-history must not be negative")
 
 
 # 3 ---------------------------------------------------------------------------------------------------- the host's extra parts
@@ -305,7 +305,7 @@ class Rows:
             self.train = self.few(args.shots)
 
     def split(self, usable):
-        """ml100k: the last 10,000 rows, 80/10/10 (TALLRec); ml1m: the last 20 months, 10/5/5 (CoLLM); BookCrossing, which
+        """ml100k: the last 10,000 rows, 80/10/10 (as many as TALLRec); ml1m: the last 20 months, 10/5/5 (CoLLM); BookCrossing, which
         has no times: the last row of each user with more than 3, 80/10/10 of the users (TALLRec); else 80/10/10 of all
         rows in time order."""
         if self.books:
@@ -337,7 +337,7 @@ class Rows:
 
     def sizes(self):
         text = " / ".join(f"{len(getattr(self, name)):,}" for name in ("train", "valid", "test"))
-        published = {"ml100k": "8,000 / 1,000 / 1,000", "ml1m": "33,891 / 10,401 / 7,331"}.get(self.args.data)
+        published = {"ml100k": "8,000 / 1,000 / 1,000, of other users", "ml1m": "33,891 / 10,401 / 7,331"}.get(self.args.data)
         return text + (f" (published: {published})" if published and not self.args.shots else "")
 
 
@@ -403,7 +403,7 @@ class Host:
             answered = [x for z in (pos, neg) for x in (z[:, yes], z[:, no], z.logsumexp(-1), z.amax(-1))]
             return torch.stack([*answered, far], -1)
         label = torch.as_tensor(self.rows.label[rows], device=self.device)
-        return llm.over_logits(self.model, columns, hidden[last[:, 0]], hidden[last[:, 1]], beside=(label,))
+        return llm.over_logits(self.model, columns, hidden[last[:, 0]], hidden[last[:, 1]], beside=(label,), exact=self.ids)
 
 
 def train_pairs(host, rows, kl, vectors=False, grown=1.0):
@@ -414,12 +414,13 @@ def train_pairs(host, rows, kl, vectors=False, grown=1.0):
     kind = {"bounded": args.bound, "off": None}.get(kl, kl)
     cap = args.cap or {"paper": 10.0, "official": 1e4, "hinge": 4.0}.get(kind, 1.0)
     lam = args.lam if args.lam is not None else (1e-4 if kl == "official" else 1.0)
-    if kl == "official":                                         # [3]: the whole row, and all positions that differ
+    if kl == "official":                                         # [3]: the whole row, and all positions from the first difference on
         packed, soft = host.pack(rows, vectors, whole=True)
         scored = llm.completion_logps(host.model, packed, hidden=True, soft=soft)
         length = packed.valid.sum(-1).view(-1, 2)                                             # (B, 2)
         ce = -scored.logps.view(len(rows), 2, -1)[:, 0].sum(-1) / length[:, 0]
-        last, both = llm.last_slots(packed).view(-1, 2), length.min(1).values
+        same = (packed.tokens[0::2] == packed.tokens[1::2]).long().cumprod(1).sum(1)          # the common context says the same
+        last, both = llm.last_slots(packed).view(-1, 2), length.min(1).values - same
         back = torch.arange(int(both.max()), device=host.device)                              # from the answer backwards
         which = (back < both[:, None]).nonzero()[:, 0]
         pos, neg = ((last[:, g, None] - back)[back < both[:, None]] for g in (0, 1))
@@ -474,7 +475,7 @@ def report(user, label, gap, flipped, invalid, jsd):
               "joint_accuracy": np.mean(((gap > 0) == label) & ((flipped > 0) != label)),
               "flip_auc": metrics.auc(label, p - n), "neg_auc": metrics.auc(label, -flipped),
               "divergence": np.mean(jsd), "invalid": np.mean(invalid), "ece": ece}
-    return {k: round(float(v), 6) for k, v in values.items()} | {
+    return {k: round(float(v), 6) if np.isfinite(v) else None for k, v in values.items()} | {
         "n": len(label), "positives": round(float(np.mean(label)), 4),
         "reliability": [[round(a, 4), round(b, 4), c] for a, b, c in curve]}
 
@@ -540,6 +541,8 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
         restore(strip(tensors, "now/"))
         run.load_optimizer(optimizer, tensors)
     valid = np.sort(np.random.default_rng([args.seed, 3]).permutation(rows.valid)[:args.eval_rows])
+    if not 0 < rows.label[valid].mean() < 1:
+        raise UserError(f"--eval-rows {args.eval_rows}: these validation rows are all likes or all dislikes; raise it")
     size, totals = min(args.batch, len(rows.train)), []
     per_epoch = len(rows.train) // size
     for step in progress(range(done, args.steps), name, args.steps, initial=done):
@@ -602,8 +605,9 @@ def train(args):
     lr = args.lr or (2e-3 if args.backbone == "tiny" else 1e-4)
     part = (lambda: lora.state(host.model), lambda t: lora.load_state(host.model, t), adapter)
     if not run.done("lora"):
-        run.finish("lora", stage(args, run, host, "lora", part, lr, args.kl if args.kl_stages != "map" or not collm else "off"))
+        record = stage(args, run, host, "lora", part, lr, args.kl if args.kl_stages != "map" or not collm else "off")
         lora.save(host.model, run.folder / "adapter", args.backbone)
+        run.finish("lora", record)
     lora.load_state(host.model, strip(run.load("lora")[0], "best/"))
     result["lora"] = run.done("lora")
     if collm:
@@ -630,16 +634,16 @@ def show(result):
     for name, key in (("AUC", "auc"), ("UAUC (users)", "uauc_user"), ("UAUC (impressions)", "uauc_impressions"), ("log-loss", "log_loss"),
                       ("same answer to both questions", "contradiction"), ("|P+(Yes) + P-(Yes) - 1|", "soft_inconsistency"),
                       ("both answers right", "joint_accuracy"), ("calibration error (ECE)", "ece"), ("neither Yes nor No", "invalid")):
-        print(f"  {name:30} {t[key]:.4f}")
+        print(f"  {name:30} {np.nan if t[key] is None else t[key]:.4f}")
 
 
 # 9 ---------------------------------------------------------------------------------------------------- compare
 VARIANTS = {   # name: (what changes, the flag that is swept, its values; the validation split picks one)
-    "off": ({"kl": "off"}, "lam", (0.0,)),
-    "official": ({"kl": "official"}, "lam", (1e-4, 1e-2)),
-    "paper": ({"kl": "paper"}, "lam", (0.03, 0.1, 0.3)),
-    "swap": ({"kl": "bounded", "bound": "swap"}, "lam", (0.3, 1.0, 3.0)),
-    "hinge": ({"kl": "bounded", "bound": "hinge"}, "lam", (0.3, 1.0, 3.0)),
+    "off": ({"kl": "off", "neg_ce": 0.0}, "lam", (0.0,)),
+    "official": ({"kl": "official", "neg_ce": 0.0}, "lam", (1e-4, 1e-2)),
+    "paper": ({"kl": "paper", "neg_ce": 0.0}, "lam", (0.03, 0.1, 0.3)),
+    "swap": ({"kl": "bounded", "bound": "swap", "neg_ce": 0.0}, "lam", (0.3, 1.0, 3.0)),
+    "hinge": ({"kl": "bounded", "bound": "hinge", "neg_ce": 0.0}, "lam", (0.3, 1.0, 3.0)),
     "neg-ce": ({"kl": "off"}, "neg_ce", (0.3, 1.0)),
 }
 COLUMNS = {"AUC": "auc", "contradiction": "contradiction", "soft inc.": "soft_inconsistency", "joint acc.": "joint_accuracy", "ECE": "ece"}
@@ -674,7 +678,7 @@ def ablations(args):
     matplotlib) ece.png: calibration error against λ. The same command again goes on where it stopped."""
     root = Path(args.run or f"runs/lcft-ablations-{Path(args.data).name}-{Path(args.backbone).name}")
     found = {name: {value: [] for value in values} for name, values in chosen_variants(args.variants).items()}
-    runs = []
+    folders = []
     for seed in args.seeds or (args.seed,):
         for name in found:
             change, flag, _ = VARIANTS[name]
@@ -684,7 +688,7 @@ def ablations(args):
                 now = dataclasses.replace(args, ablations=False, variants=(), seeds=(), seed=seed, run=str(folder), **change | {flag: value})
                 again = (folder / "args.json").exists() and not args.overwrite
                 found[name][value].append(train(dataclasses.replace(now, resume=again)))
-                runs.append(folder)
+                folders.append(folder)
     floor = np.mean([r["valid"]["auc"] for r in found["off"][0.0]]) - 0.005
     cell = lambda runs, split, key: metrics.summary([r[split][key] for r in runs])
     shown = lambda runs, split: "".join(metrics.shown(cell(runs, split, key)) for key in COLUMNS.values())
@@ -700,7 +704,7 @@ def ablations(args):
         print(f"{name + f' {value:g}':20}{shown(by_value[value], 'test')}")
         table[f"{name} {value:g}"] = {column: cell(by_value[value], "test", key) for column, key in COLUMNS.items()}
     plot(found, root / "ece.png")
-    return write_table(root, args, table, runs)
+    return write_table(root, args, table, folders)
 
 
 def plot(found, path):

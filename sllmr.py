@@ -85,7 +85,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, main, prefix, progress, pyplot, strip, write_atomically, write_table
+from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, write_atomically, write_table
 from common.sequences import Logs
 
 
@@ -174,30 +174,24 @@ class Args:
             raise ValueError(f"--recommenders {','.join(sorted(unknown))}: among {','.join(models)}")
         if "autoint" in (self.recommender, *self.recommenders) and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
-        if not self.lams or min(self.lams) < 0:
-            raise ValueError("--lams takes numbers that are not negative")
+        if not self.lams or not self.mlp:
+            raise ValueError("--lams and --mlp take numbers")
         if unknown := set(self.variants) - set(VARIANTS):
             raise ValueError(f"--variants {','.join(sorted(unknown))}: among {','.join(VARIANTS)}")
         if len(self.gate_init) != 4:
             raise ValueError("--gate-init takes four numbers: cold, tail, unsure, b")
         if len(self.api_price) != 2:
             raise ValueError("--api-price takes two numbers: dollars per million tokens in, out")
-        if self.tune_steps < 0 or (self.tune_lr is not None and self.tune_lr <= 0):
-            raise ValueError("--tune-steps must not be negative, --tune-lr must be positive")
+        if not all(x is None or x > 0 for x in (self.lr, self.tune_lr, self.api_timeout)):
+            raise ValueError("--lr, --tune-lr and --api-timeout must be positive")
         if self.scorer == "file" and not self.scores:
             raise ValueError("--scorer file needs --scores FILE")
         if self.scores and self.scorer not in ("auto", "file"):
             raise ValueError(f"--scores is a file of scores, and --scorer {self.scorer} makes its own; leave one of them out")
-        for name in ("dim", "max_history", "prompt_history", "candidates", "pool", "pairs", "pair_users", "batch", "epochs", "patience", "rank_users",
-                     "api_parallel", "api_tries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        at_least(self, 1, "dim mlp max_history prompt_history candidates pool pairs pair_users batch epochs patience rank_users api_parallel api_tries")
+        at_least(self, 0, "lam lams margin gate_lr weight_decay scored_users tune_steps api_pause api_price budget budget_weight cold")
         if not self.api_base.startswith(("http://", "https://")):
             raise ValueError("--api-base must begin with http:// or https://")
-        if self.lam < 0 or self.margin < 0 or self.lr <= 0 or self.gate_lr < 0 or self.weight_decay < 0 \
-                or self.scored_users < 0 or self.api_pause < 0 or self.api_timeout <= 0 or not self.mlp or min(self.mlp) < 1:
-            raise ValueError("--lam, --margin, --gate-lr, --weight-decay, --scored-users and --api-pause must not be negative, "
-                             "--lr, --api-timeout and the widths of --mlp must be positive")
 
 
 # 3 ---------------------------------------------------------------------------------------------------- rows
@@ -398,8 +392,8 @@ def score_shared(model, tokenizer, asked, yes, no):
     """Per user (G prompts that begin alike) -> list of (G,) logit(Yes) - logit(No), fp32, the history computed once."""
     prefixes, tails = split(tokenizer, asked)
     answers = llm.after_tails(model, prefixes, tails)
-    gap = llm.over_logits(model, lambda z: z[:, yes] - z[:, no], answers)
-    return gap.float().cpu().split([len(row) for row in tails])
+    gap = llm.few_logits(model, answers, [yes, no]) @ torch.tensor([1.0, -1.0], device=answers.device)
+    return gap.cpu().split([len(row) for row in tails])
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

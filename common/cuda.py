@@ -22,7 +22,10 @@ def pick_device(name="auto"):
         raise UserError(f"--device {name}: not available here (have: {', '.join(k for k, v in available.items() if v)})")
     if kind == "cuda" and "LOCAL_RANK" in os.environ and ":" not in name:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; {kind} or {kind}:NUMBER") from None
 
 
 def pick_dtype(name, device):

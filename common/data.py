@@ -149,7 +149,7 @@ def load(name, data_dir=None, max_bad_rows=0, seed=0, download=True, cache_dir=N
     folder = Path(name)
     if not folder.is_dir():
         near = difflib.get_close_matches(name, SOURCES, 1)
-        raise UserError(f"--data {name}: " + (f"did you mean {near[0]}?" if near else "no such folder.")
+        raise UserError(f"--data {name}: " + (f"did you mean {near[0]}?" if near else "it is a file." if folder.exists() else "no such folder.")
                         + f" It is a folder or one of {KNOWN}")
     return read_folder(folder, folder.resolve().name, max_bad_rows, cache_dir)
 
@@ -452,8 +452,7 @@ def read_generic(folder, columns, bad):
     optional = ("categories", "description", "text")
     found = csv_rows(path, bad, ("item", "title"), optional, one_line=False) if path else ()
     for _, (item, title, names, *texts) in found:
-        if item.strip() in columns.items:
-            meta[item.strip()] = (title, (names or "").split("|"), next(filter(None, texts), ""))
+        meta[item.strip()] = (title, (names or "").split("|"), next(filter(None, texts), ""))
     return meta, {}
 
 
@@ -614,8 +613,9 @@ def assemble(c, meta, people, notes, name):
     users, items = list(c.users), list(c.items)
     described = [meta.get(raw, ("", (), "")) for raw in items]
     titles = [clean(title, TITLE) for title, _, _ in described]
-    if meta and not all(titles):
-        notes = notes + [f"{titles.count('')} of {len(titles)} items have no title, their id stands for it"]
+    if not all(titles):
+        example = f" (such as {items[titles.index('')]!r}" + (f"; the titles' ids look like {next(iter(meta))!r})" if meta else "; there is no file of titles)")
+        notes = notes + [f"{titles.count('')} of {len(titles)} items have no title{example}, their id stands for it"]
     titles = [title or f"item {raw}" for title, raw in zip(titles, items)]
     categories = [list(dict.fromkeys(filter(None, (clean(x, CATEGORY) for x in names))))
                   for _, names, _ in described]
@@ -709,7 +709,9 @@ def sample_users(data, n, seed):
     """A seeded sample of n users (all, if there are no more)."""
     if n >= len(data.users):
         return data
-    chosen = np.random.default_rng([seed, 23]).permutation(len(data.users))[:max(n, 0)]
+    if n < 1:
+        raise UserError(f"--users {n}: a sample has at least one")
+    chosen = np.random.default_rng([seed, 23]).permutation(len(data.users))[:n]
     return keep(data, np.isin(data.user, chosen), f"{n} users, seed {seed}")
 
 
@@ -786,7 +788,7 @@ def negatives(data, users, n, seed, seen=None, weights=None):
         return np.setdiff1d(np.arange(N), seen[low[row]:high[row]] - users[row] * N)
     for row in np.flatnonzero(N - (high - low) < n):             # too few
         raise UserError(f"user {data.users[users[row]]} has had all but {len(unseen(row))} of {N} items: "
-                        f"no {n} negatives can be drawn; ask for fewer, or bring a larger catalogue")
+                        f"no {n} negatives can be drawn; lower --negatives, or bring a larger catalogue")
     rng = np.random.default_rng(seed)
     share = None if weights is None else np.cumsum(weights) / np.sum(weights)
 

@@ -23,10 +23,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging
 
 from common.run import UserError, progress
 
 TINY = Path(__file__).parent / "tiny"
+logging.disable_progress_bar()                        # of loading: seconds for what runs here, and lines between ours
+logging.get_logger("huggingface_hub").setLevel(logging.ERROR)         # each of its retries is a line
 
 
 # --------------------------------------------------------------------------------------------- load, tokenise
@@ -39,11 +42,13 @@ def load(name, device="cpu", dtype=torch.float32):
     source = str(TINY) if name == "tiny" else str(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True,
-                                                     trust_remote_code=False, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, SafetensorError) as problem:
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                           attn_implementation="sdpa", output_loading_info=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as problem:
         raise UserError(f"--backbone {name}: cannot be loaded ({_first_line(problem)}); give a folder with "
                         "config.json, tokenizer and model.safetensors, or a name and a network") from None
+    if missing := sorted(info["missing_keys"]):                       # transformers would go on with random numbers there
+        raise UserError(f"--backbone {name}: its files lack {len(missing)} of the weights, such as {missing[0]}; get them anew")
     model = model.to(device).eval().requires_grad_(False)
     check_backbone(model, name)
     return model, tokenizer
@@ -220,6 +225,12 @@ def _pick(logits, uniform, temperature, greedy):
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
+def _check_length(model, n, what="a prompt"):
+    most = getattr(model.config, "max_position_embeddings", None) or n
+    if n > most:
+        raise UserError(f"--backbone: {what} would take {n} positions, and it has {most}; lower --prompt-history or take another one")
+
+
 def embed(model, tokens, soft):
     """Input embeddings (B, S, D) of token ids in which -1 - k stands for the vector soft[:, k], soft (B, K, D)."""
     words = model.get_input_embeddings()(tokens.clamp(min=0))
@@ -278,10 +289,7 @@ def rollout(model, prompts, n, max_new_tokens, temperature=1.0, greedy=False, eo
     if not prompts or min(map(len, prompts)) == 0 or n < 1 or max_new_tokens < 1:
         raise ValueError("rollout needs at least one prompt, completion and token, and no empty prompt")
     device, B, P = model.device, len(prompts), max(map(len, prompts))
-    most = getattr(model.config, "max_position_embeddings", None) or P + max_new_tokens
-    if P + max_new_tokens > most:
-        raise UserError(f"--backbone: a prompt of {P} tokens and {max_new_tokens} new ones exceed its {most} "
-                        "positions; shorten the histories or take another one")
+    _check_length(model, P + max_new_tokens, f"a prompt of {P} tokens and {max_new_tokens} new ones")
     static = device.type == "cuda" if static is None else static
     # All noise first, one number for each token that may come: who else is still there changes nobody's draw.
     source = generator.device if generator else device
@@ -467,6 +475,7 @@ class Scored:
 def packed_hidden(model, packed, soft=None):
     """Hidden states that predict the completion tokens (N, D), in the order of packed.valid's True ones.
     soft (B, K, D): the vectors of the slots in a row's tokens (see `embed`)."""
+    _check_length(model, int(packed.position.max()) + 1)
     mask = block_mask(packed.owner, packed.owner, causal=True)
     hidden = _hidden(model, packed.tokens, packed.position, mask, None, soft)
     return hidden.reshape(-1, hidden.shape[-1])[packed.source[packed.valid]]
@@ -482,14 +491,25 @@ def completion_logps(model, packed, temperature=1.0, hidden=False, soft=None):
                   entropy.new_zeros(shape).masked_scatter(packed.valid, entropy), h if hidden else None)
 
 
-def over_logits(model, fn, *hidden, beside=()):
+def few_logits(model, hidden, ids):
+    """Logits (N, len(ids)) of a few tokens, such as Yes and No, in fp32: a bf16 head would round away how they differ."""
+    head = model.get_output_embeddings()
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    return F.linear(hidden.to(precise), head.weight[ids].to(precise), None if head.bias is None else head.bias[ids].to(precise))
+
+
+def over_logits(model, fn, *hidden, beside=(), exact=()):
     """fn(logits (n, V) of each hidden, and these rows of each tensor `beside`) -> (N, ...) for hidden states
-    (N, D), a few rows at a time; the backward pass computes the logits again, so that none are kept."""
+    (N, D), a few rows at a time; the backward pass computes the logits again, so that none are kept. exact: token ids
+    whose logits are `few_logits`."""
     head = model.get_output_embeddings()
 
     def part(*some):
-        logits = [head(h) for h in some[:len(hidden)]]
-        return fn(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits), *some[len(hidden):])
+        logits = [head(h).to(torch.promote_types(h.dtype, torch.float32)) for h in some[:len(hidden)]]
+        if len(exact) and head.weight.dtype == torch.bfloat16:
+            ids = torch.tensor(exact, device=head.weight.device)
+            logits = [x.index_copy(1, ids, few_logits(model, h, ids)) for x, h in zip(logits, some)]
+        return fn(*logits, *some[len(hidden):])
     return torch.cat([checkpoint(part, *(h[rows] for h in (*hidden, *beside)), use_reentrant=False)
                       for rows in _chunks(len(hidden[0]), head.weight)])
 
@@ -515,6 +535,7 @@ def _right_padded(batch, device):
 
 def _plain_hidden(model, tokens, mask, soft=None):
     """Last hidden states (B, T, D) of right-padded rows: a causal model never sees padding on its right."""
+    _check_length(model, tokens.shape[1])
     read = {"input_ids": tokens} if soft is None else {"inputs_embeds": embed(model, tokens, soft)}
     return model.get_decoder()(**read, attention_mask=mask.long(), use_cache=False).last_hidden_state
 
@@ -573,6 +594,7 @@ def after_tails(model, prefixes, tails):
     model.get_decoder()(input_ids=tokens, attention_mask=real.long(), past_key_values=prefix, use_cache=True)
     B, P = tokens.shape
     T, most = max(len(tail) for row in tails for tail in row), max(map(len, tails))
+    _check_length(model, P + T)
     beside = min(most, max(1, P // (2 * T)))
     R = -(-most // beside)                                       # rows of a prefix
     tokens, _, size = _right_padded([tail for row in tails for tail in [*row, *[[0] * T] * (R * beside - len(row))]], model.device)
@@ -587,8 +609,5 @@ def after_tails(model, prefixes, tails):
 def next_token_logits(model, prompts, ids):
     """Logits of a few tokens (such as Yes and No) right after each prompt: (B, len(ids)) fp32."""
     tokens, mask, lengths = _right_padded(prompts, model.device)
-    head = model.get_output_embeddings()
     hidden = _plain_hidden(model, tokens, mask)
-    last = hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
-    bias = None if head.bias is None else head.bias[ids].float()
-    return F.linear(last.float(), head.weight[ids].float(), bias)
+    return few_logits(model, hidden[torch.arange(len(prompts), device=model.device), lengths - 1], ids)

@@ -20,7 +20,7 @@ from common.run import UserError, write_atomically
 PEFT_PREFIX = "base_model.model."
 # PEFT can write more than this file computes. {key of adapter_config.json: the value of a plain LoRA}
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "lora_bias": False,
-         "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": []}
+         "fan_in_fan_out": False, "init_lora_weights": (True, False, "gaussian"), "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": []}
 
 
 class LoRALinear(nn.Module):
@@ -193,7 +193,7 @@ def load(model, folder):
         rank, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
         raise UserError(f"{folder}: no readable LoRA adapter there ({problem!r})") from None
-    other = [f"{key}={config[key]!r}" for key, plain in PLAIN.items() if config.get(key) not in (None, plain)]
+    other = [f"{key}={config[key]!r}" for key, plain in PLAIN.items() if config.get(key) not in (None, *(plain if isinstance(plain, tuple) else (plain,)))]
     if other:
         raise UserError(f"{folder}/adapter_config.json: only plain LoRA can be loaded, not "
                         f"{', '.join(other)}; save one without these options")

@@ -231,7 +231,11 @@ def main(argv=None):
             print(f"error: {folder}: no finished run there (no result.json)", file=sys.stderr)
             sys.exit(1)
     out = args.out or Path(args.runs[0]) / "report.html"
-    write(args.runs, out)
+    try:
+        write([Path(folder).resolve() for folder in args.runs], out)
+    except OSError as problem:
+        print(f"error: --out {out}: {problem.strerror}", file=sys.stderr)
+        sys.exit(1)
     print(out)
 
 

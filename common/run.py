@@ -61,7 +61,11 @@ def converter(hint, name):
         return converter(parts[0], name)
     if origin is tuple:
         element = converter(parts[0], name)
-        return lambda text: tuple(element(part.strip()) for part in text.split(",") if part.strip())
+
+        def several(text):
+            return tuple(element(part.strip()) for part in text.split(",") if part.strip())
+        several.__name__ = f"comma-separated {element.__name__}"
+        return several
     if hint is float:
         def number(text):
             value = float(text)
@@ -111,12 +115,23 @@ def parse(Args, doc, argv=None):
             box.add_argument(flag, type=converter(hint, field.name), default=field.default, help=text,
                              metavar=field.name.split("_")[-1].upper())
     args = Args(**vars(parser.parse_args(argv)))
-    if hasattr(args, "check"):
-        try:
-            args.check()
-        except ValueError as problem:
-            parser.error(str(problem))
+    try:
+        at_least(args, 0, "seed seeds max_bad_rows")
+        at_least(args, 1, "users")
+        if len(set(seeds := getattr(args, "seeds", ()))) < len(seeds):
+            raise ValueError("--seeds names one twice")
+        getattr(args, "check", bool)()
+    except ValueError as problem:
+        parser.error(str(problem))
     return args
+
+
+def at_least(args, least, names):
+    """Raise ValueError unless the arguments (their names, in one string) are None or at least this, each number of a tuple."""
+    for name in names.split():
+        value = getattr(args, name, None)
+        if value is not None and any(x < least for x in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"--{name.replace('_', '-')} must " + (f"be at least {least}" if least else "not be negative"))
 
 
 def main(Args, train, doc, argv=None):
@@ -126,7 +141,7 @@ def main(Args, train, doc, argv=None):
     try:
         train(args)
     except UserError as problem:
-        for folder in Run.made:                                              # a run that got nowhere would be in the way of the next
+        for folder in filter(Path.is_dir, Run.made):                         # a run that got nowhere would be in the way of the next
             if all(f.name in ("args.json", "header.json") or f.is_file() and not f.stat().st_size for f in folder.iterdir()):
                 shutil.rmtree(folder)
         print(f"error: {problem}", file=sys.stderr)
@@ -237,11 +252,11 @@ class Run:
         self.folder = Path(args.run or f"runs/{script}-{tail}")
         settings = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(args))).items()
                     if k not in {"run", "resume", "overwrite", "device", *free}}
-        identity = {"format": FORMAT, "data_fingerprint": fingerprint, **settings}
+        identity = {"format": FORMAT, "script": script, "data_fingerprint": fingerprint, **settings}
         path = self.folder / "args.json"
         if rank > 0:
             torch.distributed.barrier()
-            self.phases = json.loads((self.folder / "phases.json").read_text()) if (self.folder / "phases.json").exists() else {}
+            self.phases = self.read("phases.json")
             return
         if args.overwrite and not args.resume and path.exists():             # only ever remove what is a run
             shutil.rmtree(self.folder)
@@ -249,23 +264,30 @@ class Run:
             if not args.resume:
                 raise UserError(f"{self.folder} already holds a run; go on with --resume, start anew with --overwrite, "
                                 "or name another folder with --run")
-            try:
-                earlier = json.loads(path.read_text())
-            except ValueError:
-                raise UserError(f"{path} is not readable; start anew with --overwrite") from None
+            earlier = {"script": script} | self.read("args.json")
+            if earlier["script"] != script:
+                raise UserError(f"{self.folder} holds a run of {earlier['script']}.py; name another folder with --run")
             differ = [f"{k}: {earlier.get(k)!r} then, {identity.get(k)!r} now"
                       for k in sorted({*earlier, *identity}) if earlier.get(k) != identity.get(k)]
             if differ:
                 raise UserError(f"cannot resume {self.folder}, it was started with other settings ({'; '.join(differ)})")
-        elif self.folder.exists() and any(self.folder.iterdir()) and not args.resume:
+        elif self.folder.exists() and any(f.suffix != ".tmp" for f in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no run; name another folder with --run")
         if not path.exists():
             Run.made.append(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(identity, indent=1, sort_keys=True))
-        self.phases = json.loads((self.folder / "phases.json").read_text()) if (self.folder / "phases.json").exists() else {}
+        self.phases = self.read("phases.json")
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+
+    def read(self, name):
+        """A JSON file of the folder, {} if it is not there. UserError if it is damaged."""
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError:
+            raise UserError(f"{path} is not readable; start anew with --overwrite") from None
 
     # phases --------------------------------------------------------------------------------
     def done(self, phase):
@@ -295,7 +317,7 @@ class Run:
     def save(self, name, tensors, state):
         """One safetensors file whose metadata carries the JSON state, so that both are replaced in one instant.
 
-        Re-opened and checked: tensors there and finite. RuntimeError otherwise (an adapter full of NaN is no result).
+        Re-opened and checked: tensors there, or RuntimeError, and finite, or UserError (an adapter full of NaN is no result).
         """
         path, beside = self.folder / f"{name}.safetensors", self.folder / f"{name}.safetensors.tmp"
         state = {"log_bytes": self.log_bytes(), **state}
@@ -306,7 +328,8 @@ class Run:
                 raise RuntimeError(f"{beside}: tensors are missing after saving")
             for key in f.keys():
                 if not torch.isfinite(f.get_tensor(key)).all():
-                    raise RuntimeError(f"{beside}: {key} is not finite; training has diverged, lower the learning rate")
+                    beside.unlink()
+                    raise UserError(f"training has diverged: {key} of {path} would not be finite; lower the learning rate")
         with open(beside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)

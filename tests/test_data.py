@@ -222,7 +222,8 @@ def test_of_repeated_pairs_the_earliest_in_time_stays(tmp_path, capsys):
     d = valid(
         load(
             write(
-                tmp_path / "x", interactions__csv="user,item,rating,timestamp\nu,i,1,30\nu,i,2,10\nu,i,3,20\n"
+                tmp_path / "x", interactions__csv="user,item,rating,timestamp\nu,i,1,30\nu,i,2,10\nu,i,3,20\n",
+                items__csv="item,title\ni,An item\n",
             )
         )
     )
@@ -399,7 +400,13 @@ def test_a_damaged_cache_is_parsed_anew_without_a_word(tmp_path, damage, capsys)
     first = load(folder)
     (cached,) = (tmp_path / "cache" / "parsed").iterdir()
     cached.write_bytes(damage(cached.read_bytes()))
-    assert same(load(folder), first) and capsys.readouterr().err == ""
+    capsys.readouterr()
+    assert same(load(folder), first) and "note: x: 1 of 1 items have no title (such as 'a'; there is no file of titles)" in capsys.readouterr().err
+
+
+def test_titles_whose_ids_are_written_otherwise_are_a_note(tmp_path, capsys):
+    load(write(tmp_path / "x", interactions__csv="user,item\nu,10.0\n", items__csv="item,title\n10,Heat\n"))
+    assert "1 of 1 items have no title (such as '10.0'; the titles' ids look like '10')" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):

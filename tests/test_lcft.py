@@ -216,13 +216,16 @@ def test_the_shared_template_shares_the_context_and_the_flip_changes_the_questio
     assert pos[:-1] == neg[:-1] and pos[-1].replace("like", "dislike") == neg[-1]
 
 
-def test_the_officials_divergence_is_the_sum_over_positions_aligned_from_the_answer_backwards(folder):
+def test_the_officials_divergence_is_the_sum_over_positions_from_the_first_difference_aligned_at_the_answer(folder):
     host = double(make(folder, flip="enjoy", kl="official", lam=1.0, cap=1e9))
     row = host.rows.train[7:8]
     _, stats = lcft.train_pairs(host, row, "official")
     prompts = lcft.pair_prompts(*host.rows.before(row[0]), host.rows.lines[host.rows.item[row[0]]], flip="enjoy")
-    logits = [host.model(torch.tensor([llm.chat(host.tokenizer, p)])).logits[0] for p in prompts]
-    n = min(map(len, logits))
+    tokens = [llm.chat(host.tokenizer, p) for p in prompts]
+    logits = [host.model(torch.tensor([t])).logits[0] for t in tokens]
+    same = next(k for k, (a, b) in enumerate(zip(*tokens)) if a != b)
+    assert same > 20 and len(tokens[0]) != len(tokens[1])        # a context that would be compared with its neighbours
+    n = min(map(len, logits)) - same
     want = lcft.apart(logits[0][-n:], logits[1][-n:], "official").sum()
     torch.testing.assert_close(stats["apart"][0], want, rtol=1e-5, atol=1e-5)
 

@@ -139,7 +139,7 @@ def test_a_rollout_is_a_pure_function_of_the_seed_and_a_group_is_diverse():
 
 
 def test_what_does_not_fit_the_backbone_is_refused_before_any_work():
-    with pytest.raises(UserError, match="a prompt of 500 tokens and 20 new ones exceed its 512 positions"):
+    with pytest.raises(UserError, match="a prompt of 500 tokens and 20 new ones would take 520 positions, and it has 512; lower --prompt-history"):
         llm.rollout(qwen(), [[7] * 500], 1, 20)
     with pytest.raises(ValueError, match="no empty prompt"):
         llm.rollout(qwen(), [[7], []], 1, 20)

@@ -117,9 +117,30 @@ def test_a_checkpoint_gives_back_tensors_and_state_to_the_bit(tmp_path):
 def test_a_checkpoint_that_is_not_finite_is_refused_and_the_good_one_stays(tmp_path):
     run = start(tmp_path / "r")
     run.save("c", {"a": torch.ones(2)}, {"step": 1})
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(UserError, match="diverged: a of .* not be finite"):
         run.save("c", {"a": torch.tensor([1.0, torch.nan])}, {"step": 2})
-    assert run.load("c")[1]["step"] == 1
+    assert run.load("c")[1]["step"] == 1 and not list((tmp_path / "r").glob("*.tmp"))
+
+
+def test_a_folder_of_somebody_elses_is_neither_written_to_nor_removed(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match="not empty and holds no run"):
+            start(tmp_path / "mine", **flags)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_of_another_script_and_a_damaged_list_of_phases_are_one_line(tmp_path):
+    start(tmp_path / "r").finish("a", {})
+    path = tmp_path / "r" / "args.json"
+    path.write_text(path.read_text().replace('"script": "t"', '"script": "other"'))
+    with pytest.raises(UserError, match="a run of other.py"):
+        start(tmp_path / "r", resume=True)
+    path.write_text(path.read_text().replace('"script": "other"', '"script": "t"'))
+    (tmp_path / "r" / "phases.json").write_text('{"a":')
+    with pytest.raises(UserError, match="phases.json is not readable"):
+        start(tmp_path / "r", resume=True)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
