@@ -276,6 +276,83 @@ def test_a_text_that_is_not_judged_gives_the_llm_exactly_no_gradient_and_the_rec
     assert any(g.abs().sum() > 0 for g in alone) and all(torch.allclose(x, y, atol=1e-6) for x, y in zip(both, alone))
 
 
+def test_phase_4_moves_adapter_and_recommender_but_no_state_code_or_prompt(tmp_path, monkeypatch):
+    a, rows, model = built("--eliminate-epochs", "2", "--lora-lr", "1e-2", "--align", "0.1", "--run", str(tmp_path / "r"))
+    texts = torch.as_tensor(rows.train_texts)
+    known, mask = coco.knowledge(model, texts), torch.arange(len(texts)) % 4 == 0
+    rising = iter(range(9))
+    monkeypatch.setattr(coco, "valid_auc", lambda model: next(rising) / 10)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    coco.eliminate(a, coco.Run(a, "coco", "x"), model, known, mask)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    still = ("to_state.", "to_query.", "to_prompt.", "extract.", "books.", "ctr.user.", "ctr.item.")
+    assert not [k for k in moved if k.startswith(still)] and {"gate.weight", "ctr.out.weight"} <= moved
+    assert all(t.abs().sum() > 0 for name, t in lora.state(model.llm).items() if "lora_B" in name)
+
+
+def test_the_alignment_reaches_the_adapter():
+    losses = []
+    for weight in ("0", "1"):
+        a, rows, model = built("--align", weight)
+        coco.adapt(model.llm, True)
+        texts = torch.as_tensor(rows.train_texts[:8])
+        loss, parts = coco.judged_loss(a, model, texts, coco.knowledge(model, texts), torch.ones(8, dtype=torch.bool))
+        losses.append(float(loss.detach()))
+    assert float(parts["align"]) > 0 and losses[1] == pytest.approx(losses[0] + float(parts["align"]), abs=1e-4)
+
+
+def test_the_epoch_that_does_best_on_validation_is_kept_and_test_rows_choose_nothing(tmp_path, monkeypatch):
+    a, rows, model = built("--base-epochs", "3", "--run", str(tmp_path / "r"))
+    told, seen, asked = iter((0.6, 0.5, 0.4)), [], []
+
+    def judged(model, table, known=None):
+        asked.append(table)
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"overall": next(told)}
+    monkeypatch.setattr(coco, "judge_rows", judged)
+    run = coco.Run(a, "coco", "x")
+    report, _ = coco.train_base(a, run, model)
+    now = model.state_dict()
+    assert report["valid_auc"] == 0.6 and all(torch.equal(v, seen[0][k]) for k, v in now.items())
+    assert any(not torch.equal(v, seen[1][k]) for k, v in now.items())
+    told = iter((0.7,))
+    coco.valid_auc(model)
+    assert len(asked) == 4 and all(table is rows.valid for table in asked)
+
+
+def test_both_evaluations_by_hand():
+    a, rows, model = built("--rank-users", "1000")
+    guess = np.random.default_rng(0).random((len(rows.data.users), len(rows.data.items)))
+    model.score = lambda table, known=None: torch.as_tensor(guess[table[0][:, None].numpy(), table[3:].T.numpy()])
+    truth = rows.data.world.misled[[int(name[1:]) for name in rows.data.users]]
+    found = coco.judge_rows(model, rows.test)
+    for cell, inside in {"overall": lambda u: True, "misled": lambda u: truth[u], "rest": lambda u: not truth[u]}.items():
+        table = [r for r in rows.test.T.tolist() if inside(r[0])]
+        yes, no = [guess[r[0], r[3]] for r in table], [guess[r[0], i] for r in table for i in r[4:]]
+        assert found[cell] == pytest.approx(np.mean([x > y for x in yes for y in no]), abs=1e-6)
+    ranks = []
+    for u, place, _, target, *_ in rows.test.T.tolist():
+        had = set(rows.logs.sequence(u)[:place].tolist())
+        ranks.append(1 + sum(guess[u, i] > guess[u, target] for i in range(len(rows.data.items)) if i not in had))
+    want = np.mean([1 / np.log2(1 + r) if r <= 10 else 0 for r in ranks])
+    assert coco.judge_ranking(model)["ndcg@10"] == pytest.approx(want, abs=1e-4)
+
+
+def test_trained_in_one_phase_the_adapter_learns_from_what_is_judged(tmp_path, monkeypatch):
+    a, rows, model = built("--joint", "--judge", "all", "--run", str(tmp_path / "r"))
+    monkeypatch.setattr(coco, "valid_auc", lambda model: 0.5)
+    coco.train_prompts(a, coco.Run(a, "coco", "x"), model)
+    assert all(t.abs().sum() > 0 for name, t in lora.state(model.llm).items() if "lora_B" in name)
+
+
+def test_of_several_levels_the_state_has_the_tasks_gradient_once():
+    _, rows, model = built("--levels", "3")
+    z = torch.randn(6, model.books[0].codes.shape[1], requires_grad=True)
+    model.eval().to_query.register_forward_hook(lambda *_: z)
+    model.prompt(torch.as_tensor(rows.train_texts[:6]))[0].sum().backward()
+    assert torch.allclose(z.grad, (model.scale * model.to_prompt.weight.sum(0)).expand(6, -1), atol=1e-5)
+
+
 def test_only_judged_users_are_read_with_the_adapter(tmp_path):
     _, rows, model = built("--run", str(tmp_path / "r"))
     model.eval()
@@ -339,6 +416,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
     log = tmp_path / "b" / "metrics.jsonl"
     while b.poll() is None and not (tmp_path / "b" / "collaborate.safetensors").exists():     # between two epochs of phase 2
         time.sleep(0.005)
+    assert b.poll() is None
     b.send_signal(signal.SIGKILL)
     b.communicate()
     b = start("b", "--resume")
@@ -350,7 +428,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
 
 
 def test_the_table_of_variants_shares_what_is_the_same(tmp_path, capsys):
-    coco.main(coco.Args, coco.train, "", [*SMALL, "--ablations", "--variants", "no LLM,codebook,full", "--run", str(tmp_path / "all")])
+    coco.main(coco.Args, coco.train, "", [*SMALL, "--ablations", "--variants", "full,codebook,no LLM", "--run", str(tmp_path / "all")])
     table = json.loads(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("RESULT "))["ablations"]
     assert set(table) == {"no LLM", "codebook", "full"} and "recall" in table["full"] and "codes used" not in table["no LLM"]
     path = tmp_path / "all" / "s0"
@@ -359,7 +437,10 @@ def test_the_table_of_variants_shares_what_is_the_same(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags,status,message", [
     (("--prompt", "poem"), 2, "--prompt is"), (("--prompt", "group:gender"), 1, "no user fields"), (("--group-prompt", "{x}"), 2, "--group-prompt"),
-    (("--variants", "best"), 2, "--variants best"), (("--tau", "0"), 2, "--tau"), (("--lora-targets", "nothing"), 1, "no such linear layer")])
+    (("--variants", "best"), 2, "--variants best"), (("--tau", "0"), 2, "--tau"), (("--batch", "1"), 2, "--batch"),
+    (("--static-prompt", " "), 2, "--static-prompt"), (("--group-prompt", "{field.x}"), 2, "--group-prompt"), (("--eliminate-lr", "-1"), 2, "--eliminate-lr"),
+    (("--recommender", "autoint", "--dim", "7"), 2, "--dim"), (("--vq", "ema", "--prompt", "mixture"), 2, "--vq ema"), (("--users", "0"), 2, "--users"),
+    (("--lora-targets", "nothing"), 1, "no such linear layer")])
 def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
     with pytest.raises(SystemExit) as stop:
         coco.main(coco.Args, coco.train, "", [*SMALL, "--run", str(tmp_path / "r"), *flags])
