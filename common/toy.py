@@ -12,8 +12,8 @@ THE GENERATIVE MODEL
   taste    sem(u,i,t) = 3 (G + H) + 6 G H        with G = liking of g_i at time t, H = liking of h_i, both in [0, 1]
            col(u,i)   = <d_u, c_i> / 2           visible in behaviour only
            s(u,i,t)   = sem + col
-  misled   a share of the users are variety seekers: their semantic part is minus the overlap of item i with their
-           last 10 choices. Whoever reads their history and recommends more of the same is wrong.
+  misled   a share of the users are variety seekers: their semantic part is -0.8 times the overlap of item i with
+           their last 10 choices. Whoever reads their history and recommends more of the same is wrong.
   choice   P(next = i | u, t, history) ~ exp(b_i + s(u,i,t)) over the items not chosen yet
   rating   like with probability sigmoid(s - 7): rating 4 or 5, otherwise 1 to 3
   activity log-normal; a share of cold users has only 1 or 2 choices
@@ -155,9 +155,10 @@ def describe(categories, rng):
 
 
 def make(n_users=600, n_items=400, n_interactions=15000, misled=0.1, cold=0.08, seed=0, catalogue_seed=0):
-    """Generate a world. Shares `misled` and `cold` are of the users; the count of interactions is met within 2 %.
+    """Generate a world. Shares `misled` and `cold` are of the users. The count of interactions is aimed at: nobody
+    but the cold has fewer than 5 or more than an eighth of the items, so that small worlds hold more than was asked for.
 
-    Raises ValueError for sizes that leave a user nothing to choose.
+    Raises ValueError for sizes that leave a user nothing to choose, and where the count is missed by a tenth from below.
     """
     if n_users < 2 or n_items < 20 or not 0 <= misled <= 1 or not 0 <= cold < 1:
         raise ValueError("a toy world needs at least 2 users and 20 items, and shares between 0 and 1")

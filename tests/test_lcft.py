@@ -118,9 +118,10 @@ def test_equal_answers_have_a_gradient_under_swap_and_hinge_only():
 # ------------------------------------------------------------------------------------------------------------ pairs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small log of ratings whose users like what they liked."""
+    """A small log of ratings whose users like what they liked, and one who likes nothing."""
     path, rng = tmp_path_factory.mktemp("log"), np.random.default_rng(0)
     rows = [f"u{u},i{i},{5 if (u + i) % 3 else 1},{t}" for t, (u, i) in enumerate((rng.integers(12), rng.integers(30)) for _ in range(300))]
+    rows += [f"none,i{i},1,{30 * i}" for i in range(10)]
     (path / "interactions.csv").write_text("user,item,rating,timestamp\n" + "\n".join(dict.fromkeys(rows)) + "\n")
     (path / "items.csv").write_text("item,title,categories\n" + "".join(f"i{i},Film {i},comedy\n" for i in range(30)))
     return path
@@ -342,6 +343,7 @@ def run(*flags, cwd=ROOT):
     ("".join(f"a,i{k},5,{k}\n" for k in range(40)), (), "likes only"),
     ("".join(f"a,i{k},great,{k}\n" for k in range(40)), (), "interactions.csv:2"),
     ("".join(f"a,i{k},{1 + 4 * (k % 2)},{k}\n" for k in range(40)), ("--shots", "64"), "hold only"),
+    ("".join(f"a,i{k},{1 + 4 * (k % 2)},{k}\n" for k in range(40)), ("--eval-rows", "1"), "--eval-rows 1: these validation rows"),
 ])
 def test_a_users_mistake_is_one_clear_line(rows, flags, words, tmp_path, capsys):
     (tmp_path / "interactions.csv").write_text("user,item,rating,timestamp\n" + rows)
@@ -357,7 +359,10 @@ def test_data_without_ratings_and_wrong_flags_are_one_line(tmp_path, capsys):
     for flags, status, words in ((["--data", str(tmp_path)], 1, "no ratings"), (["--flip", "hate"], 2, "one of like, enjoy"),
                                  (["--shots", "7"], 2, "even"), (["--kl", "none"], 2, "invalid choice"), (["--lam-ramp", "2"], 2, "--lam-ramp"),
                                  (["--variants", "off,hinge:x"], 2, "NAME:VALUE"), (["--variants", "off,hinge:-1"], 2, "hinge:-1"),
-                                 (["--variants", "off:2"], 2, "off has no value"), (["--variants", "off,hedge:1"], 2, "hedge:1"), (["--variants", "hinge"], 2, "needs off")):
+                                 (["--variants", "off:2"], 2, "off has no value"), (["--variants", "off,hedge:1"], 2, "hedge:1"), (["--variants", "hinge"], 2, "needs off"),
+                                 (["--host", "collm", "--kl", "official"], 2, "TALLRec's"), (["--ce", "yes", "--kl", "official"], 2, "TALLRec's"),
+                                 (["--lr", "-1"], 2, "--lr"), (["--warmup", "-5"], 2, "--warmup"), (["--seeds", "1,1"], 2, "--seeds"),
+                                 (["--seeds", "1,x"], 2, "comma-separated int"), (["--device", "cpu:foo"], 1, "no such device")):
         with pytest.raises(SystemExit) as stop:
             lcft.main(lcft.Args, lcft.train, lcft.__doc__, flags)
         assert stop.value.code == status and words in capsys.readouterr().err
@@ -373,6 +378,7 @@ def test_a_user_with_no_likes_trains_and_the_worst_contradictions_can_be_read(fo
     assert 0 <= result["test"]["contradiction"] <= 1 and {"mf", "lora", "map"} <= set(result)
     rows = [json.loads(line) for line in (tmp_path / "a" / "contradictions.jsonl").read_text().splitlines()]
     assert len(rows) <= 50 and all({"title", "liked", "disliked", "truth", "asked"} <= set(r) for r in rows)
+    assert (tmp_path / "a" / "adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("flags", ["--bound jsd --kl-vocab full", "--bound hinge --flip enjoy", "--kl official --neg-ce 0.5 --micro-batch 3",

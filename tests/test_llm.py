@@ -304,6 +304,36 @@ def test_label_logits_do_not_depend_on_padding():
         assert torch.allclose(row, model(torch.tensor([p])).logits[0, -1, [7, 9]], atol=1e-4)
 
 
+def test_yes_and_no_are_told_apart_where_a_bf16_head_rounds_both_to_the_same():
+    model = qwen().bfloat16()
+    hidden = torch.randn(64, 32, generator=seeded(0)).bfloat16()
+    gap = lambda exact: llm.over_logits(model, lambda z: z[:, 7] - z[:, 9], hidden, exact=exact)
+    want = (hidden.double() @ model.lm_head.weight[[7, 9]].double().T) @ torch.tensor([1.0, -1.0]).double()
+    assert (gap([7, 9]).double() - want).abs().max() < 1e-5 < 1e-3 < (gap([]).double() - want).abs().max()
+
+
+def test_a_prompt_beyond_the_positions_is_refused_wherever_it_is_read():
+    model, long = qwen(), [list(range(6, 90)) * 7]
+    for read in (lambda: llm.hidden_states(model, long), lambda: llm.packed_hidden(model, llm.pack_tails(long, [[[7]]])),
+                 lambda: llm.after_tails(model, long, [[[7]]])):
+        with pytest.raises(UserError, match="and it has 512; lower --prompt-history"):
+            read()
+
+
+def test_a_backbone_that_lacks_weights_or_does_not_fit_its_config_is_refused(tmp_path):
+    shutil.copytree(llm.TINY, tmp_path / "lacks")
+    path = tmp_path / "lacks" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({k: t for k, t in tensors.items() if "1.mlp.down_proj" not in k}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lack 1 of the weights, such as .*down_proj"):
+        llm.load(tmp_path / "lacks")
+    shutil.copytree(llm.TINY, tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 24}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        llm.load(tmp_path / "other")
+
+
 def test_a_backbone_that_is_not_there_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="--backbone .*cannot be loaded") as problem:
         llm.load(str(tmp_path))

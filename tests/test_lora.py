@@ -227,6 +227,9 @@ def test_an_adapter_that_does_not_fit_is_one_clear_line(tmp_path):
     config_file.write_text(json.dumps(config | {"use_rslora": True, "rank_pattern": {"q_proj": 2}}))
     with pytest.raises(UserError, match="use_rslora=True, rank_pattern="):
         lora.load(qwen(), tmp_path)
+    config_file.write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))       # it changed the base's weights
+    with pytest.raises(UserError, match="init_lora_weights='pissa"):
+        lora.load(qwen(), tmp_path)
     config_file.write_text(json.dumps(config | {"r": 2}))
     with pytest.raises(UserError, match="another model, rank or --lora-targets"):
         lora.load(qwen(), tmp_path)
