@@ -108,7 +108,8 @@ def _frame(tokenizer, system):
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": mark})
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                             date_string="26 Jul 2024")    # of Llama's templates: a prompt is the same on any day
     else:
         text = (tokenizer.bos_token or "") + "\n".join(m["content"] for m in messages) + "\n"
     if text.count(mark) != 1:

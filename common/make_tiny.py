@@ -289,8 +289,7 @@ def batches(tokenizer, seed, size, world, stage):
 # -------------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def skills(model, tokenizer, world, seed=10**6, n=1024):
-    """Exact-match rates on fresh prompts, teacher-forced: {skill: rate}. `align` counts legal formats, and whether
-    the answer is the target when the target is a random candidate (chance = mean of 1/candidates)."""
+    """Exact-match rates of greedy answers to fresh prompts, {skill: rate}, of the skills that have one right answer."""
     from common.llm import chat, eos_ids, rollout
     rng = np.random.default_rng(seed)
     rows = [sample(rng, world) for _ in range(n)]

@@ -304,6 +304,12 @@ def test_label_logits_do_not_depend_on_padding():
         assert torch.allclose(row, model(torch.tensor([p])).logits[0, -1, [7, 9]], atol=1e-4)
 
 
+def test_a_template_that_names_the_day_names_the_same_one_every_day():
+    tokenizer = llm.AutoTokenizer.from_pretrained(llm.TINY)
+    tokenizer.chat_template = "{{ date_string or strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    assert tokenizer.decode(llm.chat(tokenizer, "hello")) == "26 Jul 2024 hello"
+
+
 def test_yes_and_no_are_told_apart_where_a_bf16_head_rounds_both_to_the_same():
     model = qwen().bfloat16()
     hidden = torch.randn(64, 32, generator=seeded(0)).bfloat16()
