@@ -6,7 +6,6 @@
 Every run writes its own; what it shows is read from the files in the run folder. All texts in it are data: escaped.
 """
 
-import argparse
 import base64
 import html
 import json
@@ -17,7 +16,7 @@ import sys
 from pathlib import Path
 
 from common.metrics import mean_std
-from common.run import write_atomically
+from common.run import Parser, write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --a: #2563eb; --b: #d97706; --c: #059669; --d: #be185d; --e: #7c3aed; --f: #64748b; }
@@ -222,7 +221,7 @@ def write(folders, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--out", help="file to write (default: report.html in the first folder)")
     args = parser.parse_args(argv)

@@ -8,7 +8,6 @@
 A table stands in the README below the line that holds its command; no number in it is typed.
 """
 
-import argparse
 import json
 import re
 import shlex
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from common import metrics
-from common.run import write_atomically
+from common.run import Parser, write_atomically
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (   # method, data, flags, the picture that the README shows
@@ -151,7 +150,7 @@ def print_gains(folders, base, root=ROOT):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--method", help="one of " + ", ".join(sorted({m for m, *_ in COMMANDS})))
     parser.add_argument("--data", help="one of " + ", ".join(sorted({d for _, d, *_ in COMMANDS})))
     parser.add_argument("--render", action="store_true", help="run nothing")
@@ -159,7 +158,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     chosen = [c for c in COMMANDS if args.method in (None, "", c[0]) and args.data in (None, "", c[1])]
     if not chosen:
-        parser.error(f"nothing to do for --method {args.method} --data {args.data}")
+        parser.error(f"there is no table for --method {args.method} --data {args.data}; see --help")
     if args.against:
         return print_gains([folder(method, data) for method, data, *_ in chosen], args.against)
     for method, data, flags, _ in () if args.render else chosen:

@@ -404,6 +404,14 @@ def test_a_damaged_cache_is_parsed_anew_without_a_word(tmp_path, damage, capsys)
     assert same(load(folder), first) and "note: x: 1 of 1 items have no title (such as 'a'; there is no file of titles)" in capsys.readouterr().err
 
 
+def test_a_header_in_another_encoding_or_with_a_column_twice_is_one_line(tmp_path):
+    for number, (text, encoding, words) in enumerate((("user,item\nu,i\n", "utf-16", "save the file as UTF-8"), ("user,item,item\nu,i,j\n", "utf-8", "item twice"))):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "interactions.csv").write_text(text, encoding=encoding)
+        with pytest.raises(UserError, match=f"interactions.csv:1: .*{words}"):
+            load(str(tmp_path / str(number)))
+
+
 def test_titles_whose_ids_are_written_otherwise_are_a_note(tmp_path, capsys):
     load(write(tmp_path / "x", interactions__csv="user,item\nu,10.0\n", items__csv="item,title\n10,Heat\n"))
     assert "1 of 1 items have no title (such as '10.0'; the titles' ids look like '10')" in capsys.readouterr().err
