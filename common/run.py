@@ -139,11 +139,14 @@ def main(Args, train, doc, argv=None):
     args = parse(Args, doc, argv)
     Run.made.clear()
     try:
-        train(args)
+        try:
+            train(args)
+        except Exception:
+            for folder in filter(Path.is_dir, Run.made):                     # a run that got nowhere would be in the way of the next
+                if all(f.name in ("args.json", "header.json") or f.is_file() and not f.stat().st_size for f in folder.iterdir()):
+                    shutil.rmtree(folder)
+            raise
     except UserError as problem:
-        for folder in filter(Path.is_dir, Run.made):                         # a run that got nowhere would be in the way of the next
-            if all(f.name in ("args.json", "header.json") or f.is_file() and not f.stat().st_size for f in folder.iterdir()):
-                shutil.rmtree(folder)
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
