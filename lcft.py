@@ -51,7 +51,8 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
     hosts have [1] and [6]: where No is never trained, Yes against No says little on contradictions.
   - Neither the wording of the flip for CoLLM nor which stage has the KL term is public: --kl-stages, both by default.
   - MovieLens-100K: TALLRec's 10,000 rows are the last of its list of users' sequences (80 users train, 14 validate, 16 test); ours
-    are as many, the last in time, so that nobody learns from what happens later. MovieLens-1M: CoLLM's rows came with a file of its own; ours are all ratings of the same months.
+    are as many, the last in time, so that nobody learns from what happens later. MovieLens-1M: CoLLM's rows came with a file of
+    its own; ours are all ratings of the same months.
 
   python lcft.py --data toy --kl bounded                                 # 4 minutes on 2 cores
   python lcft.py --data ml1m --host collm --backbone Qwen/Qwen2.5-1.5B    # on a GPU
