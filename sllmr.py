@@ -119,7 +119,8 @@ class Args:
     mlp: tuple[int, ...] = (200, 80)  # hidden layers
     dropout: float = 0.1  # in the MLP
     # -- LLM scores
-    scorer: Literal["auto", "oracle", "file", "backbone", "encoder", "api"] = "auto"  # truth of the toy world, file of yours, causal LM, sentence encoder, endpoint; auto: file with --scores, else oracle on toy, else backbone
+    scorer: Literal["auto", "oracle", "file", "backbone", "encoder", "api"] = "auto"  # truth of the toy world, file of yours, causal LM, sentence encoder, endpoint;
+    # auto: file with --scores, else oracle on toy data, else backbone
     scores: str | None = None  # a file of scores: JSON lines {"user": , "item": , "score": 0..1}
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     dtype: str = "auto"  # of the backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
@@ -142,7 +143,8 @@ class Args:
     dry_run: bool = False  # print the first prompt and what all would cost, then stop
     # -- method
     llm_loss: Literal["pairwise", "pointwise", "kd", "kar", "none"] = "pairwise"  # how the scores are used
-    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones", "truth"] = "agreement"  # as published | learns where model and LLM agree | weights that compete | a mean of --budget | as it starts | none | knows (toy)
+    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones", "truth"] = "agreement"  # as published, learns where model and LLM agree, weights
+    # that compete, a mean of --budget, as it starts, no gate, knows where the LLM is right (toy)
     gate_init: tuple[float, ...] = (1.0, 1.0, 1.0, -1.0)  # w for cold, tail, unsure; b
     gate_lr: float = 1e-2  # of its four numbers
     uncertainty: Literal["maxprob", "entropy", "dropout"] = "maxprob"  # q
