@@ -18,7 +18,7 @@ import curec
 from common.run import UserError
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(data="toy:80x160x1100", align_steps=3, align_prompts=3, group=4, eval_prompts=8, rm_epochs=3, correct_events=44,
+SMALL = dict(data="toy:80x160x1100", align_steps=3, align_prompts=3, group=4, eval_prompts=8, rm_epochs=3, correct_events=14,
              correct_batch=4, reasons=2, max_reasons=3, llm_batch=16, negatives=4, dim=16, max_history=12, rm_batch=16)
 
 
@@ -382,15 +382,16 @@ def result_of(out):
 
 
 def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_result_to_the_bit(tmp_path):
+    many = ("--correct-events", "44")                  # phase 4 has a checkpoint on its way
     env = os.environ | {"OMP_NUM_THREADS": "1"}        # two would wait for one another on a busy machine
     rng, kills = np.random.default_rng(int(os.environ.get("KILL_SEED", 0))), int(os.environ.get("KILLS", 1))
-    straight, start = subprocess.Popen(command(tmp_path / "a"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path), time.time()
+    straight, start = subprocess.Popen(command(tmp_path / "a", *many), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path), time.time()
     out, err = straight.communicate() if kills > 1 else ("", "")           # one kill: beside it, which takes half the time
     seconds, killed, finished = time.time() - start, 0, 0
     log = tmp_path / "b" / "metrics.jsonl"                                 # of 19 lines or more; the 18th is after a checkpoint of phase 4
     lines = rng.integers(1, 18) if "KILL_SEED" in os.environ else 18
     while killed < kills:                              # only kills of a running process count; what got through starts anew
-        child = subprocess.Popen(command(tmp_path / "b", "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        child = subprocess.Popen(command(tmp_path / "b", "--resume", *many), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                  env=env, cwd=tmp_path)
         if kills > 1:
             time.sleep(rng.uniform(2.5, seconds))
@@ -403,7 +404,7 @@ def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_result_to_the_bi
             assert "RESULT " + (tmp_path / "b" / "result.json").read_text().strip() == result_of(out)
             finished += 1
             (tmp_path / "b").rename(tmp_path / f"b{finished}")
-    resumed = subprocess.run(command(tmp_path / "b", "--resume"), capture_output=True, text=True, env=env, cwd=tmp_path)
+    resumed = subprocess.run(command(tmp_path / "b", "--resume", *many), capture_output=True, text=True, env=env, cwd=tmp_path)
     out, err = (out, err) if kills > 1 else straight.communicate()
     assert straight.returncode == 0 and resumed.returncode == 0, err + resumed.stderr
     assert result_of(resumed.stdout) == result_of(out) and result_of(out).startswith("RESULT {")
