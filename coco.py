@@ -7,7 +7,7 @@ history; what it says is fused into the state. Then a judge looks where this mad
   1 base          the recommender alone
   2 collaborate   codes, prompts, extraction and fusion learn from the recommendation loss; the LLM is frozen
   3 judge         whose choices are predicted worse with the LLM's knowledge than without?
-  4 eliminate     LoRA on these users' texts, for these users; then the texts that are judged on are read once more and their vectors kept
+  4 eliminate     LoRA on these users' texts, for these users; then the held-out texts are read and their vectors kept
 
 EQUATIONS (u a user, x_u the text of the history, h_u the behavioural state, s(u, i) the logit of an item)
   [1] state       h_u = W [e_u; mean of e_j over the past]                                       -> CoCo.state
@@ -197,9 +197,10 @@ class Rows:
         self.text_user, self.text_place = (torch.as_tensor(x.astype(np.int64), device=device) for x in pairs)
         number = np.split(number.ravel(), np.cumsum([len(u) for u, _ in asked])[:-1])
         tables = []
-        for (u, p), text, name in zip(asked, number, ("train", "valid", "test")):             # to train with: may be held out
+        for (u, p), text, name in zip(asked, number, ("train", "valid", "test")):
             many = {"train": args.negatives if args.head == "nce" else 1}.get(name, args.test_negatives)
-            negatives = datasets.negatives(data, u, many, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, logs.train_keys() if name == "train" else None)
+            seen = logs.train_keys() if name == "train" else None         # a training negative may be a held-out item
+            negatives = datasets.negatives(data, u, many, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen)
             tables.append(torch.as_tensor(np.concatenate([np.stack([u, p, text, logs.item_at(u, p)]), negatives.T]).astype(np.int64), device=device))
         self.train, self.valid, self.test = tables
         ends = torch.bincount(self.train[2], minlength=len(self.text_user)).cumsum(0)          # rows of a text are neighbours
