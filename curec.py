@@ -843,7 +843,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     return {"best_epoch": best_epoch, "valid_ndcg@10": round(best, 4)}
 
 
-def reward_model(args, run, logs, texts, device, name="reward"):
+def fit_or_load(args, run, logs, texts, device, name="reward"):
     """Phase 3, or what it left in the run folder: the reward model."""
     if not run.done(name):
         run.finish(name, train_reward_model(args, run, logs, texts, device, name))
@@ -996,7 +996,7 @@ def train(args):
         texts = restore_texts(args, logs, device, *run.load("texts"))
         if args.random_reasons:
             texts.deal_out(np.random.default_rng([args.seed, 29]))
-    model = reward_model(args, run, logs, texts, device)
+    model = fit_or_load(args, run, logs, texts, device)
     if words and args.correct:
         if not run.done("correct"):
             run.finish("correct", correct(args, run, policy, logs, model, texts))
@@ -1004,7 +1004,7 @@ def train(args):
         tensors, state = run.load("correct")
         texts = restore_texts(args, logs, device, strip(tensors, "texts/"), state)
         if args.refit:
-            model = reward_model(args, run, logs, texts, device, "refit")
+            model = fit_or_load(args, run, logs, texts, device, "refit")
             result["refit"] = run.done("refit")
     run.save("served", model.state_dict() | prefix("texts/", texts.tensors()), texts.state())
     valid, test = (rank_all(args, model, logs, texts, which) for which in ("valid", "test"))

@@ -85,7 +85,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, write_atomically, write_table
+from common.run import Run, UserError, at_least, differences, main, prefix, progress, pyplot, strip, write_atomically, write_table
 from common.sequences import Logs
 
 
@@ -517,8 +517,8 @@ def score(args, folder, rows):
     path, wanted, data = folder / "scores.jsonl", candidates(rows), rows.data
     settings, made = made_by(args, kind, data), folder / "scores-args.json"
     earlier = json.loads(made.read_text()) if made.exists() else settings
-    if differ := [f"{k}: {earlier.get(k)!r} then, {settings.get(k)!r} now" for k in sorted({*earlier, *settings}) if earlier.get(k) != settings.get(k)]:
-        raise UserError(f"{folder} holds scores that were made with other settings ({'; '.join(differ)}); start anew with "
+    if differ := differences(earlier, settings):
+        raise UserError(f"{folder} holds scores that were made with other settings ({differ}); start anew with "
                         "--overwrite, or name another folder with --run")
     if path.exists():                                            # a kill may have cut the last line
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
@@ -921,7 +921,7 @@ def ablations(args):
     if "truth" in args.variants and "truth" not in known:
         raise UserError("--variants truth: where scores are right is only known of the toy world's own (--scorer oracle)")
     for seed in args.seeds or (args.seed,):
-        if args.overwrite and (root / f"scores-s{seed}" / "scores-args.json").exists():
+        if args.overwrite and (root / f"scores-s{seed}" / "scores.jsonl").exists():
             shutil.rmtree(root / f"scores-s{seed}")
     tables, runs = {}, []   # {recommender, variant, lambda: its row}
     for recommender in args.recommenders or (args.recommender,):

@@ -711,9 +711,7 @@ def sample_users(data, n, seed):
     """A seeded sample of n users (all, if there are no more)."""
     if n >= len(data.users):
         return data
-    if n < 1:
-        raise UserError(f"--users {n}: a sample has at least one")
-    chosen = np.random.default_rng([seed, 23]).permutation(len(data.users))[:n]
+    chosen = np.random.default_rng([seed, 23]).permutation(len(data.users))[:max(n, 0)]
     return keep(data, np.isin(data.user, chosen), f"{n} users, seed {seed}")
 
 
@@ -790,7 +788,7 @@ def negatives(data, users, n, seed, seen=None, weights=None):
         return np.setdiff1d(np.arange(N), seen[low[row]:high[row]] - users[row] * N)
     for row in np.flatnonzero(N - (high - low) < n):             # too few
         raise UserError(f"user {data.users[users[row]]} has had all but {len(unseen(row))} of {N} items: "
-                        f"no {n} negatives can be drawn; lower --negatives, or bring a larger catalogue")
+                        f"no {n} negatives can be drawn; ask for fewer, or bring a larger catalogue")
     rng = np.random.default_rng(seed)
     share = None if weights is None else np.cumsum(weights) / np.sum(weights)
 

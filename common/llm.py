@@ -226,10 +226,13 @@ def _pick(logits, uniform, temperature, greedy):
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
+def _positions(model):
+    return getattr(model.config, "max_position_embeddings", None) or float("inf")
+
+
 def _check_length(model, n, what="a prompt"):
-    most = getattr(model.config, "max_position_embeddings", None) or n
-    if n > most:
-        raise UserError(f"--backbone: {what} would take {n} positions, and it has {most}; lower --prompt-history or take another one")
+    if n > _positions(model):
+        raise UserError(f"--backbone: {what} would take {n} positions, and it has {_positions(model)}; lower --prompt-history or take another one")
 
 
 def embed(model, tokens, soft):
@@ -476,7 +479,8 @@ class Scored:
 def packed_hidden(model, packed, soft=None):
     """Hidden states that predict the completion tokens (N, D), in the order of packed.valid's True ones.
     soft (B, K, D): the vectors of the slots in a row's tokens (see `embed`)."""
-    _check_length(model, int(packed.position.max()) + 1)
+    if packed.tokens.shape[1] > _positions(model):               # perhaps too long: only then wait for the numbers
+        _check_length(model, int(packed.position.max()) + 1)
     mask = block_mask(packed.owner, packed.owner, causal=True)
     hidden = _hidden(model, packed.tokens, packed.position, mask, None, soft)
     return hidden.reshape(-1, hidden.shape[-1])[packed.source[packed.valid]]

@@ -231,6 +231,11 @@ def pyplot():
     return pyplot
 
 
+def differences(earlier, now):
+    """Where two dicts of settings differ, in words; "" where they do not."""
+    return "; ".join(f"{k}: {earlier.get(k)!r} then, {now.get(k)!r} now" for k in sorted({*earlier, *now}) if earlier.get(k) != now.get(k))
+
+
 def prefix(word, tensors):
     return {word + name: t for name, t in tensors.items()}
 
@@ -270,10 +275,8 @@ class Run:
             earlier = {"script": script} | self.read("args.json")
             if earlier["script"] != script:
                 raise UserError(f"{self.folder} holds a run of {earlier['script']}.py; name another folder with --run")
-            differ = [f"{k}: {earlier.get(k)!r} then, {identity.get(k)!r} now"
-                      for k in sorted({*earlier, *identity}) if earlier.get(k) != identity.get(k)]
-            if differ:
-                raise UserError(f"cannot resume {self.folder}, it was started with other settings ({'; '.join(differ)})")
+            if differ := differences(earlier, identity):
+                raise UserError(f"cannot resume {self.folder}, it was started with other settings ({differ})")
         elif self.folder.exists() and any(f.suffix != ".tmp" for f in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no run; name another folder with --run")
         if not path.exists():
