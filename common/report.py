@@ -20,13 +20,14 @@ from common.run import Parser, write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --a: #2563eb; --b: #d97706; --c: #059669; --d: #be185d; --e: #7c3aed; --f: #64748b; }
+@media (prefers-color-scheme: dark) { :root { --a: #60a5fa; --b: #fbbf24; --c: #34d399; --d: #f472b6; --e: #a78bfa; --f: #94a3b8; } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 64rem; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--line); padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; margin-bottom: 1rem; } td, th { border-bottom: 1px solid var(--line); padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; }
 figure { margin: 0; background: var(--soft); border-radius: .5rem; padding: .5rem; } figcaption { font-size: .85rem; overflow-wrap: anywhere; } svg { width: 100%; height: auto; display: block; } svg text { fill: currentColor; font-size: 10px; }
-img { max-width: 100%; background: white; border-radius: .5rem; } .bar { background: var(--a); height: .6rem; display: inline-block; border-radius: .2rem; }
+img { max-width: 100%; background: white; border-radius: .5rem; margin: .5rem 0; } .bar { background: var(--a); height: .6rem; display: inline-block; border-radius: .2rem; }
 details { border-bottom: 1px solid var(--line); padding: .3rem 0; } summary { cursor: pointer; } code { overflow-wrap: anywhere; } .dim { opacity: .65; }
 """
 COLOURS = "abcdef"
@@ -44,15 +45,21 @@ def number(x):
 
 def table(head, rows):
     """head: names; rows: lists of cells, numbers to the right -> HTML."""
-    cell = lambda x, tag: f'<{tag}{" class=n" if isinstance(x, (int, float)) and not isinstance(x, bool) else ""}>{number(x)}</{tag}>'
-    right = [any(isinstance(row[k], (int, float)) and not isinstance(row[k], bool) for row in rows) for k in range(len(head))]
+    is_number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) or isinstance(x, str) and " ± " in x
+    right = [any(is_number(row[k]) for row in rows) for k in range(len(head))]
     top = "".join(f"<th{' class=n' if r else ''}>{text(h)}</th>" for h, r in zip(head, right))
-    return f'<div class=wide><table><tr>{top}</tr>' + "".join("<tr>" + "".join(cell(x, "td") for x in row) + "</tr>" for row in rows) + "</table></div>"
+    cells = lambda row: "".join(f"<td{' class=n' if is_number(x) else ''}>{number(x)}</td>" for x in row)
+    return f"<div class=wide><table><tr>{top}</tr>" + "".join(f"<tr>{cells(row)}</tr>" for row in rows) + "</table></div>"
+
+
+def in_order(keys):
+    """`overall` first, then by name, numbers within names by size: ndcg@5 before ndcg@10."""
+    return sorted(keys, key=lambda k: (k != "overall", [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", k)]))
 
 
 def chart(lines, title, dots=False, square=None):
     """lines: {name: [(x, y) or (x, y, half width of the band)]} -> an SVG figure. square: (low, high) of both axes, with
-    the diagonal."""
+    the diagonal. Three points or fewer are dots."""
     lines = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in lines.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
@@ -69,13 +76,13 @@ def chart(lines, title, dots=False, square=None):
             band = [(p[0], p[1] - p[2]) for p in points] + [(p[0], p[1] + p[2]) for p in reversed(points)]
             parts.append(f'<polygon points="{join(band)}" fill="{colour}" opacity=".2"/>')
         parts.append(f'<polyline points="{join([p[:2] for p in points])}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        if dots or len(points) == 1:
+        if dots or len(points) <= 3:
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in (at(*p[:2]) for p in points)]
     axes = (f'<text x="40" y="12" text-anchor="end">{y1:.4g}</text><text x="40" y="122" text-anchor="end">{y0:.4g}</text>'
             f'<text x="44" y="135">{x0:g}</text><text x="284" y="135" text-anchor="end">{x1:g}</text>')
-    legend = "" if len(lines) == 1 else " · ".join(f'<span style="color:var(--{COLOURS[k % len(COLOURS)]})">{text(n)}</span>' for k, n in enumerate(lines))
-    return (f'<figure><svg viewBox="0 0 290 140" role="img" aria-label="{text(title)}">{"".join(parts)}{axes}</svg>'
-            f"<figcaption>{text(title)} <span class=dim>{legend}</span></figcaption></figure>")
+    legend = "" if len(lines) == 1 else ": " + " · ".join(f'<span style="color:var(--{COLOURS[k % len(COLOURS)]})">{text(n)}</span>' for k, n in enumerate(lines))
+    return (f'<figure><svg viewBox="-12 0 302 140" role="img" aria-label="{text(title)}">{"".join(parts)}{axes}</svg>'
+            f"<figcaption>{text(title)}{legend}</figcaption></figure>")
 
 
 def read(path):
@@ -132,8 +139,10 @@ def curec(folder, result):
         for item in e["top"]:
             parts.append(f"<h3>{text(item['title'])} <span class=dim>score {item['score']:.2f}</span></h3>")
             parts += [f"<div><span class=bar style='width:{8 * r['weight']:.2f}rem'></span> {r['weight']:.0%} {text(r['text'])}</div>" for r in item["reasons"]]
+            if item.get("no_reason") is not None:
+                parts.append(f"<div class=dim><span class=bar style='width:{8 * item['no_reason']:.2f}rem'></span> {item['no_reason']:.0%} no reason</div>")
         parts.append("</details>")
-    return "".join(parts)
+    return "".join(parts).replace("<details>", "<details open>", 1)
 
 
 def sllmr(folder, result):
@@ -141,7 +150,7 @@ def sllmr(folder, result):
     if not found:
         return ""
     cell = lambda a: "<td>–</td>" if a is None else f'<td class=n style="background:color-mix(in srgb, var(--a) {100 * a:.0f}%, transparent)">{a:.2f}</td>'
-    head = "".join(f"<th>{text(p)}</th>" for p in found["popularity"])
+    head = "".join(f"<th class=n>{text(p)}</th>" for p in found["popularity"])
     rows = "".join(f"<tr><th>{text(h)}</th>{''.join(map(cell, row))}</tr>" for h, row in zip(found["history"], found["alpha"]))
     return ("<h2>The gate: mean α by length of history (down) and popularity of the item (across)</h2>"
             f"<div class=wide><table><tr><th></th>{head}</tr>{rows}</table></div>")
@@ -153,10 +162,11 @@ def coco(folder, result):
     rows = "".join(f"<tr><td class=n>{c['code']}</td><td class=n>{c['texts']}</td><td style='min-width:8rem'><span class=bar style='width:{8 * c['texts'] / most:.2f}rem'></span></td>"
                    f"<td>{text(' '.join(c['nearest_tokens']))}</td><td style='min-width:20rem'>{text(' | '.join('; '.join(u['titles'][-3:]) for u in c['typical_users']))}</td></tr>" for c in codes)
     parts = [f"<h2>Codes</h2><div class=wide><table><tr><th>code</th><th>texts</th><th></th><th>nearest tokens</th><th>last choices of typical users</th></tr>{rows}</table></div>"] if codes else []
-    gain = [(cell, result["test"][cell], without, result["test"][cell] - without) for cell, without in result.get("test_without_llm", {}).items()
-            if cell in result["test"] and cell != "log_loss"]
+    test, without = result.get("test", {}), result.get("test_without_llm", {})
+    gain = [[cell, test[cell], without[cell], test[cell] - without[cell]] for cell in in_order(without) if cell in test and cell != "log_loss"]
     if gain:
-        parts.append("<h2>Gain by group: AUC on test</h2>" + table(["users", "with the LLM", "same model without", "gain"], [list(g) for g in gain]))
+        parts.append("<h2>Gain by group: AUC on test</h2>" + table(["users", "with the LLM", "same model without", "gain"], gain)
+                     + "<p class=dim>Without: this very model with the LLM's vectors left out, not one that was trained without an LLM.</p>")
     return "".join(parts) + "<div class=plots>" + picture(folder / "map.png") + "</div>"
 
 
@@ -171,17 +181,23 @@ def of_run(folder):
     result, facts, settings = (read(folder / f"{name}.json") for name in ("result", "header", "args"))
     script = result.get("script", "run")
     body = [f"<p><code>{text(facts.get('command', ''))}</code></p>"]
-    kinds = [k for k in ("test", "test_without_llm", "valid", "ranking", "popularity", "bayes_optimal") if isinstance(result.get(k), dict)]
-    keys = list(dict.fromkeys(key for k in kinds for key, _ in flat(result[k])))
-    values = [dict(flat(result[k])) for k in kinds]
-    body.append("<h2>Results</h2>" + table(["", *[k.replace("_", " ") for k in kinds]], [[key, *[v.get(key, "") for v in values]] for key in keys]))
+    values = {k: dict(flat(result[k])) for k in ("test", "test_without_llm", "valid", "ranking", "popularity", "bayes_optimal") if isinstance(result.get(k), dict)}
+    body.append("<h2>Results</h2>" + ("<p class=dim>AUC, unless the name says otherwise</p>" if "overall" in values.get("test", {}) else ""))
+    ranking = [k for k in values if k == "ranking"]                                            # measured on rows of its own
+    for kinds in filter(None, ([k for k in values if k not in ranking], ranking)):
+        keys = in_order({key for k in kinds for key in values[k]})
+        body.append(table(["", *[k.replace("_", " ") for k in kinds]], [[key, *[values[k].get(key, "") for k in kinds]] for key in keys]))
     own = {"lcft": lcft, "curec": curec, "sllmr": sllmr, "coco": coco}.get(script)
     body.append(own(folder, result) if own else "")
     for phase, by_key in curves(folder).items():
-        body.append(f"<h2>Phase {text(phase)}</h2><div class=plots>" + "".join(chart({key: points}, key) for key, points in by_key.items()) + "</div>")
-    body.append("<h2>Settings</h2>" + table(["flag", "value"], [[k, str(v)] for k, v in settings.items()]))
+        still = {key: points[0][1] for key, points in by_key.items() if max(abs(y - points[0][1]) for _, y in points) < 1e-4}
+        body.append(f"<h2>Phase {text(phase)}</h2><div class=plots>" + "".join(chart({key: points}, key) for key, points in by_key.items() if key not in still) + "</div>")
+        body.append(f"<p class=dim>constant: {', '.join(f'{text(key)} {number(y)}' for key, y in still.items())}</p>" if still else "")
+    rest = flat({k: v for k, v in result.items() if k not in values})
+    body.append("<h2>What else it reported</h2>" + table(["", ""], [list(pair) for pair in rest]))
+    body.append("<h2>Settings</h2><details><summary>every flag</summary>" + table(["flag", "value"], [["--" + k.replace("_", "-"), str(v)] for k, v in settings.items()]) + "</details>")
     body.append("<h2>Machine and data</h2>" + table(["", ""], [[k, str(v)] for k, v in facts.items() if k != "command"]))
-    return page(f"{script}: {folder.name}", "".join(body))
+    return page(f"{script}: {folder.name}" + (f", seed {settings['seed']}" if "seed" in settings else ""), "".join(body))
 
 
 def compare(folders):
@@ -191,12 +207,17 @@ def compare(folders):
         name = "/".join(re.sub(r"-s\d+$", "", part) for part in folder.relative_to(root).parts if not re.fullmatch(r"s\d+", part))
         groups.setdefault(name or folder.name, []).append(folder)
     results = {name: [dict(flat(read(f / "result.json").get("test", {}))) for f in found] for name, found in groups.items()}
-    keys = list(dict.fromkeys(k for rs in results.values() for r in rs for k, v in r.items() if isinstance(v, (int, float))))
+    keys = in_order({k for rs in results.values() for r in rs for k, v in r.items() if isinstance(v, (int, float)) and k != "n"})
     rows = []
     for name, rs in results.items():
         cells = [mean_std([r[k] for r in rs]) if all(k in r for r in rs) else None for k in keys]
-        rows.append([name, len(rs), *["" if c is None else f"{c[0]:.4f}" + (f" ± {c[1]:.4f}" if len(rs) > 1 else "") for c in cells]])
+        rows.append([name, len(rs), *["" if c is None else f"{c[0]:.3f} ± {c[1]:.3f}" if len(rs) > 1 else c[0] for c in cells]])
     body = ["<h2>Test</h2>" + table(["", "runs", *keys], rows)]
+    settings = {name: read(found[0] / "args.json") for name, found in groups.items()}
+    flags = [k for k in dict.fromkeys(k for s in settings.values() for k in s) if k not in ("run", "seed") and len({json.dumps(s.get(k)) for s in settings.values()}) > 1]
+    facts = read(Path(folders[0]) / "header.json")
+    body.append("<h2>What differs</h2>" + table(["", *["--" + k.replace("_", "-") for k in flags]], [[name, *[str(s.get(k, "")) for k in flags]] for name, s in settings.items()]) if flags else "")
+    body.append("<h2>What was run</h2>" + table(["", ""], [[k, str(v)] for k, v in facts.items() if k != "minutes"]))
     drawn = {}
     for name, found in groups.items():
         for many in [curves(f) for f in found]:
@@ -204,7 +225,7 @@ def compare(folders):
                 for key, points in by_key.items():
                     if key.startswith("valid"):
                         drawn.setdefault((phase, key), {}).setdefault(name, []).append(points)
-    body.append("<h2>Validation, mean and spread over seeds</h2><div class=plots>")
+    body.append("<h2>Validation, mean and spread over seeds, as far as all seeds went</h2><div class=plots>")
     for (phase, key), by_name in drawn.items():
         lines = {}
         for name, many in by_name.items():
@@ -212,7 +233,9 @@ def compare(folders):
             stats = [(s, *mean_std([dict(points)[s] for points in many])) for s in steps]
             lines[name] = [p if p[2] == p[2] else p[:2] for p in stats]
         body.append(chart(lines, f"{phase}: {key}"))
-    return page("Comparison of runs", "".join(body) + "</div>" + "".join(picture(p) for p in sorted({*root.glob("*.png"), *root.glob("*/*.png")} - {f / "map.png" for f in map(Path, folders)})))
+    above = {folder for f in map(Path, folders) for folder in f.parents if folder.is_relative_to(root)}    # what an ablation drew
+    pictures = [picture(path) for folder in sorted(above) for path in sorted(folder.glob("*.png"))]
+    return page("Comparison of runs", "".join(body) + "</div>" + ("<h2>Pictures</h2>" + "".join(pictures) if pictures else ""))
 
 
 def write(folders, out):

@@ -56,8 +56,21 @@ def test_every_methods_page_holds_its_numbers_and_no_markup_of_others(tmp_path, 
 def test_a_comparison_has_a_row_per_setting_and_a_band_over_seeds(tmp_path):
     folders = [run_folder(tmp_path / f"s{s}" / name, "lcft", s) for s in (0, 1) for name in ("a", "b")]
     page = report.compare(folders)
-    assert page.count("0.5500 ± 0.0707") == 2 and "<polygon" in page
+    assert page.count("0.550 ± 0.071") == 2 and "<polygon" in page and "What differs" not in page
     Strict().feed(page)
+
+
+def test_a_comparison_shows_the_flags_that_differ_and_no_pictures_of_other_runs(tmp_path):
+    folders = [run_folder(tmp_path / name / "s0", "lcft") for name in ("a", "b", "other")]
+    for folder, lam in zip(folders, (1, 2, 3)):
+        (folder / "args.json").write_text(json.dumps({"seed": 0, "kl_vocab": "all", "lam": lam}))
+        (folder.parent / "own.png").write_bytes(folder.parent.name.encode())
+    page = report.compare(folders[:2])
+    assert "--lam" in page and "--kl-vocab" not in page and page.count("<img") == 2
+
+
+def test_keys_are_in_the_order_of_their_numbers():
+    assert report.in_order(["ndcg@10", "tail", "ndcg@5", "overall"]) == ["overall", "ndcg@5", "ndcg@10", "tail"]
 
 
 def test_a_chart_is_well_formed_and_leaves_out_what_is_not_finite():
