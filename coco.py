@@ -92,19 +92,19 @@ class Args:
     run: str | None = None  # run folder (default: runs/coco-DATA-BACKBONE-sSEED)
     resume: bool = False  # continue where the run folder stopped
     overwrite: bool = False  # remove an earlier run in that folder first
-    seed: int = 0  # of everything
-    device: str = "auto"  # auto, cpu, cuda, mps
+    seed: int = 0  # of sampling, initialisation and training
+    device: str = "auto"  # auto (CUDA if there is one, else CPU), cpu, cuda, mps
     dtype: str = "auto"  # of the frozen backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     ablations: bool = False  # run VARIANTS and print one table
     variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all that the data allow)
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     # -- data
-    users: int | None = None  # keep a seeded sample of so many users
+    users: int | None = None  # keep a random sample of so many users
     # -- recommender
     recommender: Literal["deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din"] = "din"  # the base model
     head: Literal["bce", "nce"] = "bce"  # click prediction on 1:1 rows, or retrieval among --negatives
     negatives: int = 32  # with --head nce: per target
-    tau: float = 1.0  # τ of the nce head
+    tau: float = 1.0  # τ, temperature of the nce head
     dim: int = 32  # D: embeddings, states and knowledge vectors
     max_history: int = 20  # past items
     mlp: tuple[int, ...] = (64, 32)  # hidden layers
@@ -114,44 +114,44 @@ class Args:
     prompt_history: int = 5  # titles in a text
     text_every: int = 5  # choices of a user that one text serves
     # -- method
-    prompt: str = "codebook"  # codebook, mixture (of the codes), shared (one soft prompt), static (a text), group:FIELD (a text per group), none
-    codes: int = 16  # K
+    prompt: str = "codebook"  # codebook | mixture of the codes | shared: one soft prompt | static: a text | group:FIELD: a text per group | none: no LLM
+    codes: int = 16  # K, size of the codebook
     levels: int = 1  # residual levels of the codebook
     prompt_len: int = 4  # m: vectors of a soft prompt
-    vq: Literal["both", "ste", "ema"] = "both"  # gradient of a code: of the task, straight-through, moving average
-    beta: float = 0.25  # commitment
+    vq: Literal["both", "ste", "ema"] = "both"  # gradient of a code: both (the task's, too) | ste (straight-through) | ema (moving average)
+    beta: float = 0.25  # weight of the commitment term
     decay: float = 0.99  # of the moving average, with --vq ema
     dead: int = 20  # batches without being chosen after which a code moves to a random state (0: never)
     kmeans: bool = True  # codes start by k-means of the first states (else at random)
-    extract: Literal["attention", "mean"] = "attention"  # [4], or the mean of the LLM's output
+    extract: Literal["attention", "mean"] = "attention"  # attention (eq. 4), or the mean of the LLM's output
     match: bool = True  # compare knowledge with the LLM's vector of the item's text
     static_prompt: str = "What does this user like?"  # the text of --prompt static; soft prompts start from its words
     group_prompt: str = "This user's {field} is {value}. What does this user like?"  # of --prompt group:FIELD
     # -- judge
-    judge: Literal["loss", "confidence", "off", "all"] = "loss"  # what makes the LLM learn: [8], nothing, or everything
+    judge: Literal["loss", "confidence", "off", "all"] = "loss"  # who trains the LLM: those whom it hurts by loss or confidence (eq. 8), nobody (off), or all
     judge_level: Literal["user", "text"] = "user"  # the mean over all choices of a user, or over those of one text
-    judge_least: int = 3  # choices that it takes to judge a user or a text
-    margin: float = -0.03  # ε of [8], nats (or probability); negative: also those whom the LLM does not help by so much
+    judge_least: int = 3  # fewest choices to judge a user or a text by
+    margin: float = -0.03  # ε of eq. 8, nats (or probability); negative: also those whom the LLM helps by less than that
     adapt: Literal["judged", "all"] = "judged"  # whose texts are read with the adapter: the judged users', or everybody's (always so with --joint)
     align: float = 0.0  # weight of an InfoNCE term that pulls a judged user's knowledge towards the behavioural state
     joint: bool = False  # all in one phase
     # -- lora
     lora_targets: str = "q_proj,v_proj"  # comma-separated names of linear layers, or all-linear
-    lora_rank: int = 8  # r
-    lora_alpha: float = 16.0  # α
+    lora_rank: int = 8  # rank r of the adapter
+    lora_alpha: float = 16.0  # α; the adapter is scaled by α / r
     # -- optimisation
     lr: float = 3e-3  # of the recommender, prompts and fusion
-    lora_lr: float = 1e-3  # of the adapter; 0: what phase 4 does without it
+    lora_lr: float = 1e-3  # learning rate of the adapter; 0: phase 4 without it
     weight_decay: float = 1e-6  # L2 of the recommender, added to the gradient as Adam has it
-    base_epochs: int = 4  # phase 1, at most
-    epochs: int = 8  # phase 2, at most
-    eliminate_epochs: int = 4  # phase 4, at most
+    base_epochs: int = 4  # most epochs of phase 1
+    epochs: int = 8  # most epochs of phase 2
+    eliminate_epochs: int = 4  # most epochs of phase 4
     eliminate_batch: int = 16  # judged texts per step of phase 4
     eliminate_lr: float = 3e-4  # of the recommender in phase 4
     patience: int = 2  # epochs without a better validation AUC
     base_batch: int = 256  # choices per step of phase 1
     batch: int = 64  # texts per step
-    test_negatives: int = 10  # per validation or test target: less noise than the usual one, same expectation
+    test_negatives: int = 10  # per validation or test target; more means less noise
     rank_users: int = 500  # users of the full ranking
 
     def check(self):

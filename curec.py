@@ -82,8 +82,8 @@ class Args:
     run: str | None = None  # run folder (default: runs/curec-DATA-BACKBONE-sSEED)
     resume: bool = False  # continue where the run folder stopped
     overwrite: bool = False  # remove an earlier run in that folder first
-    seed: int = 0  # of everything
-    device: str = "auto"  # auto, cpu, cuda, mps
+    seed: int = 0  # of sampling, initialisation and training
+    device: str = "auto"  # auto (CUDA if there is one, else CPU), cpu, cuda, mps
     dtype: str = "auto"  # of the frozen backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     recommend: str | None = None  # print what this user (raw id) is shown and why, from a finished --run
     top: int = 10  # how many titles --recommend prints
@@ -91,66 +91,66 @@ class Args:
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all)
     # -- data
-    min_interactions: int | None = None  # users with fewer are dropped (default: the paper's 30, on the toy world 1)
+    min_interactions: int | None = None  # users with fewer are dropped (default: the paper's 30; 1 on the toy world; for small logs set it lower)
     min_rating: float = 0.0  # interactions rated lower are dropped; 0 keeps all, the literal reading
-    users: int | None = None  # keep a seeded sample of so many users
+    users: int | None = None  # keep a random sample of so many users
     # -- backbone
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     prompt_history: int = 10  # titles of the user's history in a prompt
     llm_batch: int = 32  # prompts per generation batch
     # -- lora
-    lora_targets: str = "all-linear"  # comma-separated names of linear layers
-    lora_rank: int = 16  # r
-    lora_alpha: float = 32.0  # α
+    lora_targets: str = "all-linear"  # comma-separated names of linear layers, or all-linear
+    lora_rank: int = 16  # rank r of the adapter
+    lora_alpha: float = 32.0  # α; the adapter is scaled by α / r
     # -- alignment (phase 1)
     align: bool = True  # --no-align is the ablation without pretraining
     align_steps: int = 80  # GRPO steps
     align_prompts: int = 16  # prompts a step
     candidates: int = 5  # candidates in a prompt: the next item and random unseen ones
-    weights: tuple[float, ...] = (0.1, 0.1, 1.0)  # w_f, w_l, w_c of [1]
+    weights: tuple[float, ...] = (0.1, 0.1, 1.0)  # of the rewards for format, for a legal answer, for the right one: w_f, w_l, w_c of eq. 1
     eval_prompts: int = 512  # held-out alignment prompts, of validation and of test users
     # -- GRPO (phases 1 and 4)
     group: int = 8  # G, completions per prompt
     temperature: float = 1.0  # of sampling, and of the log-probabilities
     align_tokens: int = 64  # longest thought and answer
-    clip: float = 0.2  # ε
+    clip: float = 0.2  # ε, PPO's clip range
     beta: float = 1e-3  # β, weight of the KL to the reference
     kl: Literal["k3", "k3-unbiased", "exact"] = "k3"  # estimator; k3-unbiased multiplies by ρ (reverse-KL gradient)
-    length_norm: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # mean per completion | per token | by the longest
+    length_norm: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # grpo: mean per completion | dapo: mean per token | dr_grpo: sum over the longest
     advantage_scale: Literal["group", "none"] = "group"  # divide by the group's std (literal) or only centre
     zero_std: Literal["keep", "drop"] = "keep"  # groups of equal rewards: keep in the mean, or drop
     lr: float | None = None  # of GRPO (default 1e-5; 2e-3 for tiny)
     max_grad_norm: float = 1.0  # gradient clipping
     # -- texts (phase 2)
-    reasons: int = 3  # first reasons per item, from as many of its training interactions
-    max_reasons: int = 6  # bound of an item's list (the oldest goes)
+    reasons: int = 3  # written per item in phase 2, each from another training interaction
+    max_reasons: int = 6  # most reasons an item keeps; the oldest goes
     text_tokens: int = 40  # longest pattern or reason
     random_reasons: bool = False  # ablation: deal the reasons out to other items
     # -- reward model (phase 3)
-    features: Literal["both", "ids", "text"] = "both"  # ids only and content only are ablations
+    features: Literal["both", "ids", "text"] = "both"  # both, or the ablations: ids only, text only
     text_dim: int = 64  # dimensions kept of a text's vector
     history_text: bool = False  # past items carry their reasons too (a), not only the candidate (b)
     dim: int = 64  # width of the embeddings
-    heads: int = 2  # attention heads, of [5] and of the Transformer
+    heads: int = 2  # attention heads, of eq. 5 and of the Transformer
     layers: int = 1  # Transformer layers over the history
     max_history: int = 50  # items of the history that the reward model reads
     dropout: float = 0.2  # in the reward model
-    rm_loss: Literal["softmax", "bce"] = "softmax"  # of an interaction against the negatives
-    negatives: int = 64  # unseen items per training window, judged at each of its positions
-    negative_power: float = 0.0  # they are drawn by popularity to this power, and the loss corrected for it; 0 is uniform
+    rm_loss: Literal["softmax", "bce"] = "softmax"  # softmax, or binary cross-entropy, of an interaction against the negatives
+    negatives: int = 64  # unseen items per training window, shared by its positions
+    negative_power: float = 0.0  # draw negatives by popularity to this power, and correct the loss for it; 0 is uniform
     rm_batch: int = 16  # windows per step
-    rm_lr: float = 4e-3  # learning rate
-    weight_decay: float = 0.01  # of matrices and embeddings
-    rm_epochs: int = 30  # at most
+    rm_lr: float = 4e-3  # learning rate of the reward model
+    weight_decay: float = 0.01  # of the reward model's matrices and embeddings
+    rm_epochs: int = 30  # most epochs
     rm_patience: int = 6  # epochs without a better validation NDCG@10
     rm_valid_users: int = 1000  # users that validation ranks for
     # -- correction (phase 4)
     correct: bool = True  # --no-correct is the ablation without correction
     update: bool = True  # --no-update steps the LLM and leaves pattern and reason as they are
     shuffled_order: bool = False  # ablation: the same interactions in random order
-    correct_events: int = 256  # so many latest training interactions, in time order
+    correct_events: int = 256  # correct on so many of the latest training interactions, in time order
     correct_batch: int = 16  # independent interactions that share a GRPO step
-    correct_lr_scale: float = 0.3  # GRPO's rate here, relative to phase 1
+    correct_lr_scale: float = 0.3  # phase 4's learning rate relative to phase 1's
     refit: bool = False  # train the reward model anew on the corrected texts
 
     def check(self):
@@ -1085,6 +1085,8 @@ def recommend(args):
         print(f"{rank:2d}. {item['title']}   score {item['score']:.2f}")
         for reason in item["reasons"]:
             print(f"      {reason['weight']:4.0%}  {reason['text']}")
+        if item["no_reason"] is not None:
+            print(f"      {item['no_reason']:4.0%}  (no reason)")
     return {}
 
 
@@ -1101,7 +1103,7 @@ def explain(args, model, logs, texts, u, top):
     for i in scores.topk(min(top, int(torch.isfinite(scores).sum()))).indices.tolist():
         w = [] if args.features == "ids" else model.match(users, torch.tensor([[i + 1]], device=device), texts, return_weights=True)[0, 0].mean(0).tolist()
         reasons = [{"weight": round(weight, 4), "text": entry["text"]} for entry, weight in sorted(zip(texts.reason[i], w[1:]), key=lambda x: -x[1])]
-        shown.append({"title": logs.lines[i], "score": round(float(scores[i]), 4), "reasons": reasons})
+        shown.append({"title": logs.lines[i], "score": round(float(scores[i]), 4), "reasons": reasons, "no_reason": round(w[0], 4) if w else None})
     return {"user": logs.data.users[u], "history": logs.history(u, end[0])[-5:], "pattern": texts.pattern[u], "top": shown}
 
 

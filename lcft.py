@@ -85,8 +85,8 @@ class Args:
     run: str | None = None  # run folder (default: runs/lcft-DATA-BACKBONE-sSEED)
     resume: bool = False  # continue where the run folder stopped
     overwrite: bool = False  # remove an earlier run in that folder first
-    seed: int = 0  # of everything
-    device: str = "auto"  # auto, cpu, cuda, mps
+    seed: int = 0  # of sampling, initialisation and training
+    device: str = "auto"  # auto (CUDA if there is one, else CPU), cpu, cuda, mps
     dtype: str = "auto"  # of the frozen backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     ablations: bool = False  # run every objective of VARIANTS and print one table (it sets --kl, --bound, --lam and --neg-ce)
     variants: tuple[str, ...] = ()  # with --ablations: rows of VARIANTS such as off,hinge:0.5,hinge:1 (default: all)
@@ -95,39 +95,39 @@ class Args:
     like_above: float | None = None  # a rating above this is a like (default 3; of BookCrossing's ten points 5)
     min_history: int | None = None  # earlier ratings that a row needs (default 1; on ml100k the published 10)
     shots: int = 0  # train on so many rows, half likes, half dislikes (published: 16, 64, 256, drawn at random); 0 is all
-    users: int | None = None  # keep a seeded sample of so many users
+    users: int | None = None  # keep a random sample of so many users
     # -- backbone
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     prompt_history: int = 10  # rated titles of the user in a prompt
     template: Literal["shared", "tallrec"] = "shared"  # question last (context computed once), or instruction first
-    flip: str = "like"  # which pair of questions: a row of FLIPS
+    flip: str = "like"  # which pair of questions, a row of FLIPS: like, enjoy
     answers: tuple[str, ...] = ("Yes", "No")  # two words of one token each
     # -- lora
     lora_targets: str = "q_proj,v_proj"  # comma-separated names of linear layers, or all-linear
-    lora_rank: int = 8  # r
-    lora_alpha: float = 16.0  # α
+    lora_rank: int = 8  # rank r of the adapter
+    lora_alpha: float = 16.0  # α; the adapter is scaled by α / r
     lora_dropout: float = 0.05  # on the adapter's input
     # -- method
     host: Literal["tallrec", "collm"] = "tallrec"  # text only, or text with matrix-factorisation vectors
-    kl: Literal["paper", "official", "bounded", "off"] = "bounded"  # which divergence is maximised; off is the host alone
-    bound: Literal["swap", "jsd", "hinge"] = "swap"  # with --kl bounded
+    kl: Literal["paper", "official", "bounded", "off"] = "bounded"  # paper | official: the KL as written and as released | bounded: see --bound | off: fine-tuning alone
+    bound: Literal["swap", "jsd", "hinge"] = "swap"  # of --kl bounded: swap: JSD to the swapped answer, made small | jsd: JSD made large | hinge: log-odds kept apart
     kl_vocab: Literal["full", "answers"] | None = None  # of the divergence: all tokens, or Yes and No (default: answers with bounded)
     lam: float | None = None  # λ (default 1; with --kl official the code's 1e-4)
-    lam_ramp: float = 0.0  # share of the steps over which λ (and the weight of [5]) grows from 0 to its value
-    cap: float | None = None  # nats that earn a bonus (default: paper 10, official 10000, hinge 4)
-    neg_ce: float = 0.0  # weight of [5], the cross-entropy of the flipped answer to the flipped question
+    lam_ramp: float = 0.0  # share of the steps over which λ (and --neg-ce) grows from 0 to its value
+    cap: float | None = None  # nats of divergence beyond which more earns nothing (default: paper 10, official 10000, hinge 4)
+    neg_ce: float = 0.0  # weight of eq. 5, the cross-entropy of the flipped answer to the flipped question
     ce: Literal["answer", "yes"] = "answer"  # CE of the answer over the vocabulary, or CoLLM's BCE on the logit of Yes alone
     kl_stages: Literal["lora", "map", "both"] = "both"  # with --host collm: which stages have the KL term
     # -- matrix factorisation (with --host collm)
-    mf_dim: int = 64  # d; the paper's 256 is for larger data
+    mf_dim: int = 64  # width of the vectors; the paper's 256 is for larger data
     mf_lr: float = 1e-2  # learning rate
-    mf_epochs: int = 100  # at most; stops after 5 without a better validation AUC
+    mf_epochs: int = 100  # most epochs; stops after 5 without a better validation AUC
     map_lr: float = 1e-3  # of the MLP
     # -- optimisation
     lr: float | None = None  # of LoRA (default 1e-4; 2e-3 for tiny)
     batch: int = 64  # pairs per step
     micro_batch: int = 64  # pairs at once: less memory, same result
-    steps: int = 200  # at most, per stage
+    steps: int = 200  # most steps, per stage
     warmup: int = 20  # steps to the full rate, which then falls linearly to 0
     max_grad_norm: float = 1.0  # gradient clipping
     # -- evaluation

@@ -99,16 +99,16 @@ class Args:
     run: str | None = None  # run folder (default: runs/sllmr-DATA-BACKBONE-sSEED)
     resume: bool = False  # continue where the run folder stopped
     overwrite: bool = False  # remove an earlier run in that folder first
-    seed: int = 0  # of everything
-    device: str = "auto"  # auto, cpu, cuda, mps
+    seed: int = 0  # of sampling, initialisation and training
+    device: str = "auto"  # auto (CUDA if there is one, else CPU), cpu, cuda, mps
     ablations: bool = False  # run every method of VARIANTS and print one table
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all)
     lams: tuple[float, ...] = (0.1, 0.3)  # with --ablations: the λ among which validation chooses
     recommenders: tuple[str, ...] = ()  # with --ablations: the click models to compare (default: --recommender alone)
     # -- data
-    users: int | None = None  # keep a seeded sample of so many users
-    cold_users: float = 0.0  # make this share of the users cold: of each only the last 5 or 6 choices are kept
+    users: int | None = None  # keep a random sample of so many users
+    cold_users: float = 0.0  # keep only the last 5 or 6 choices of this share of the users, which makes them cold
     cold: int = 3  # τ_u: a cold user has at most so many training targets
     brand: bool = False  # the first word of an item's title is one more category of it: shops name the brand first
     tail: float = 0.2  # τ_i: this share of the items, the least chosen in training, is the tail
@@ -119,8 +119,8 @@ class Args:
     mlp: tuple[int, ...] = (200, 80)  # hidden layers
     dropout: float = 0.1  # in the MLP
     # -- LLM scores
-    scorer: Literal["auto", "oracle", "file", "backbone", "encoder", "api"] = "auto"  # truth of the toy world, file of yours, causal LM, sentence encoder, endpoint;
-    # auto: file with --scores, else oracle on toy data, else backbone
+    scorer: Literal["auto", "oracle", "file", "backbone", "encoder", "api"] = "auto"  # oracle: the toy world's truth | file: --scores | backbone: a causal LM |
+    # encoder: wordllama | api: an endpoint; auto: file with --scores, else oracle on toy data, else backbone
     scores: str | None = None  # a file of scores: JSON lines {"user": , "item": , "score": 0..1}
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     dtype: str = "auto"  # of the backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
@@ -129,9 +129,9 @@ class Args:
     pool: int = 200  # N: the most chosen items they come from
     extra: float = 0.1  # share of the items, the least chosen, that some users score too
     scored_users: int = 0  # users to score (0: all)
-    tune_steps: int = 0  # first teach the backbone (LoRA) what users choose next, on so many batches of training choices; 0: ask it as it is
-    tune_lr: float | None = None  # learning rate of that (default 1e-4; 2e-3 for tiny)
-    oracle: tuple[float, ...] = (0.0, 1.0, 1.0, 1.0)  # share of true scores where (warm, head), (warm, tail), (cold, head), (cold, tail)
+    tune_steps: int = 0  # first fine-tune the backbone (LoRA) on so many batches of training choices; 0: ask it as it is
+    tune_lr: float | None = None  # learning rate of --tune-steps (default 1e-4; 2e-3 for tiny)
+    oracle: tuple[float, ...] = (0.0, 1.0, 1.0, 1.0)  # toy: share of true scores among (warm, head), (warm, tail), (cold, head), (cold, tail) pairs; the rest is noise
     # -- endpoint (with --scorer api; the key is read from OPENAI_API_KEY)
     api_base: str = "https://api.openai.com/v1"  # any OpenAI-compatible endpoint
     api_model: str = "gpt-4o-mini"  # its model
@@ -140,18 +140,18 @@ class Args:
     api_pause: float = 0.5  # seconds after the first failure, doubled after each, at most 30
     api_timeout: float = 60.0  # seconds for an answer
     api_price: tuple[float, ...] = (0.15, 0.60)  # dollars per million tokens in, out; for the estimate
-    dry_run: bool = False  # print the first prompt and what all would cost, then stop
+    dry_run: bool = False  # with --scorer api: print the first prompt, the tokens and the price, then stop
     # -- method
     llm_loss: Literal["pairwise", "pointwise", "kd", "kar", "none"] = "pairwise"  # how the scores are used
-    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones", "truth"] = "agreement"  # as published, learns where model and LLM agree, weights
-    # that compete, a mean of --budget, as it starts, no gate, knows where the LLM is right (toy)
+    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones", "truth"] = "agreement"  # agreement: learns where model and LLM agree |
+    # paper: as published | normalised: weights compete | budget: mean α near --budget | fixed: stays as it starts | ones: no gate | truth: toy, knows where scores are right
     gate_init: tuple[float, ...] = (1.0, 1.0, 1.0, -1.0)  # w for cold, tail, unsure; b
-    gate_lr: float = 1e-2  # of its four numbers
-    uncertainty: Literal["maxprob", "entropy", "dropout"] = "maxprob"  # q
-    lam: float = 0.1  # λ
-    margin: float = 1.0  # m, on logits
+    gate_lr: float = 1e-2  # learning rate of the gate's four numbers
+    uncertainty: Literal["maxprob", "entropy", "dropout"] = "maxprob"  # how q is measured
+    lam: float = 0.1  # λ, weight of the LLM's loss
+    margin: float = 1.0  # m of the hinge, on logits
     pairs: int = 256  # K: pairs per step
-    pick: Literal["largest", "sample"] = "largest"  # the K pairs with the largest gap, or random ones, of each user as many
+    pick: Literal["largest", "sample"] = "largest"  # the K largest gaps of all, or K / --pair-users random pairs of each user
     reduction: Literal["mean", "sum"] = "mean"  # over pairs
     pair_users: int = 16  # users per step of the second sampler
     budget: float = 0.3  # ρ: with --gate budget, the mean of α
@@ -161,7 +161,7 @@ class Args:
     lr: float = 1e-3  # learning rate
     weight_decay: float = 0.0  # L2, added to the gradient as Adam has it
     batch: int = 128  # rows per step, half of them negatives
-    epochs: int = 30  # at most
+    epochs: int = 30  # most epochs
     patience: int = 2  # epochs without a better validation AUC
     rank_users: int = 500  # users of the full ranking
 
@@ -742,7 +742,7 @@ def gate_map(rows, scored, alpha, bins=5):
     count = rows.logs.item_counts()[scored.items.cpu().numpy()][scored.known.cpu().numpy()]
     edges = [np.unique(np.quantile(x, np.linspace(0, 1, bins + 1)).astype(int)) for x in (length, count)]
     where = [np.clip(np.searchsorted(e, x, side="right") - 1, 0, max(len(e) - 2, 0)) for e, x in zip(edges, (length, count))]
-    names = [[f"{a}–{b}" for a, b in zip(e, e[1:])] or [str(e[0])] for e in edges]
+    names = [[f"{a}–{b}" if a < b else str(a) for a, b in zip(e, [*(e[1:-1] - 1), e[-1]])] for e in edges]
     cell = lambda mask: round(float(alpha[mask].mean()), 4) if mask.any() else None
     return {"history": names[0], "popularity": names[1],
             "alpha": [[cell((where[0] == i) & (where[1] == j)) for j in range(len(names[1]))] for i in range(len(names[0]))]}

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def comments(Args):
     """Read {field: (group, help)} from the dataclass source: `# -- group` lines and trailing comments."""
     group, found, last = "options", {}, None
     for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(Args)).readline):
+        if token.string == "def":                             # the fields end here
+            break
         if token.type != tokenize.COMMENT:
             continue
         text, name = token.string.lstrip("# ").strip(), re.match(r"\s+(\w+)\s*:", token.line)
@@ -83,6 +86,13 @@ def literal(hint):
     return next((typing.get_args(p) for p in parts if typing.get_origin(p) is typing.Literal), ())
 
 
+def placeholder(hint):
+    """What --help shows for a value: N for an int, X for a float, N,... or X,... for several, nothing for a name."""
+    kinds = (hint, *typing.get_args(hint))
+    word = "N" if int in kinds else "X" if float in kinds else ""
+    return word and word + ",..." * (typing.get_origin(hint) is tuple)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one line for an error, and a suggestion for a misspelt flag."""
 
@@ -97,7 +107,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(Args, doc, argv=None):
     """Command line -> Args. Exits with status 2 and one line on a usage error; Args.check() may raise ValueError."""
-    parser = Parser(description=(doc or "").split("\n\n")[0], allow_abbrev=False,
+    parser = Parser(usage="%(prog)s [flags]", description=(doc or "").split("\n\n")[0], allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
     groups, notes, hints = {}, comments(Args), typing.get_type_hints(Args)
     for field in dataclasses.fields(Args):
@@ -106,21 +116,22 @@ def parse(Args, doc, argv=None):
         flag, hint, shown = "--" + field.name.replace("_", "-"), hints[field.name], field.default
         if isinstance(shown, tuple):
             shown = ",".join(map(str, shown))
-        text = text.replace("%", "%%") + (f" [{shown}]" if shown not in (None, "") else "")
+        text = text.replace("%", "%%") + ("" if shown in (None, "") or shown is False else " [on]" if shown is True else f" [{shown}]")
         if hint is bool:
             box.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         elif choices := literal(hint):
             box.add_argument(flag, choices=choices, default=field.default, help=text)
         else:
             box.add_argument(flag, type=converter(hint, field.name), default=field.default, help=text,
-                             metavar=field.name.split("_")[-1].upper())
+                             metavar=placeholder(hint) or field.name.split("_")[-1].upper())
     args = Args(**vars(parser.parse_args(argv)))
     try:
         at_least(args, 0, "seed seeds max_bad_rows")
         at_least(args, 1, "users")
         if len(set(seeds := getattr(args, "seeds", ()))) < len(seeds):
             raise ValueError("--seeds names one twice")
-        getattr(args, "check", bool)()
+        if hasattr(args, "check"):
+            args.check()
     except ValueError as problem:
         parser.error(str(problem))
     return args
@@ -206,13 +217,18 @@ def summarise(found, columns, width, digits=6):
     return rows
 
 
+def command_line():
+    """What was typed, to paste it again: `python coco.py --variants 'no LLM'`."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def write_table(root, args, rows, runs):
     """The end of an ablation: table.json and report.html in its folder, RESULT {json} on standard output. rows: {name:
     {column: summary}}. runs: the folders that they are made of. Returns rows."""
     from common import report
     record = {"ablations": rows, "data": args.data, "backbone": args.backbone, "seeds": list(args.seeds or (args.seed,))}
     headers = [json.loads((folder / "header.json").read_text()) for folder in runs]
-    made = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "runs": len(runs),
+    made = {"command": command_line(), "runs": len(runs),
             "minutes": round(sum(h.get("minutes", 0) for h in headers)), "commits": sorted({h.get("commit") or "none" for h in headers})}
     write_atomically(Path(root) / "table.json", json.dumps(record | made, indent=1) + "\n")
     report.write(runs, Path(root) / "report.html")
@@ -387,14 +403,12 @@ class Run:
     def log(self, phase, step, total, **values):
         """One record in metrics.jsonl and one line `align 00120/02000 | loss 0.6312 | 1.32 s/it | 1.8 GiB`."""
         from common import cuda
-        now, self.clock = time.perf_counter(), (phase, step, time.perf_counter(), self.clock)
+        now = time.perf_counter()
+        before, self.clock = self.clock, (phase, step, now)
         record = {"phase": phase, "step": step} | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
-        earlier, pace = self.clock[3], ""
-        if earlier and earlier[0] == phase and step > earlier[1]:
-            pace = f" | {(now - earlier[2]) / (step - earlier[1]):.2f} s/it"
-        self.clock = self.clock[:3] + (None,)
+        pace = f" | {(now - before[2]) / (step - before[1]):.2f} s/it" if before and before[0] == phase and step > before[1] else ""
         shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         width = len(str(total))
         tqdm.write(f"{phase} {step:0{width}d}/{total} | {shown}{pace} | {cuda.memory_gib():.1f} GiB", file=sys.stdout)
@@ -412,7 +426,7 @@ class Run:
             return
         path = self.folder / "header.json"
         earlier = json.loads(path.read_text()) if path.exists() else {}
-        facts = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        facts = {"command": command_line(),
                  "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
                              f"transformers {transformers.__version__}", "commit": commit(), **facts}
         for key, value in facts.items():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from common import cuda
-from common.run import Run, UserError, main, parse
+from common.run import Run, UserError, command_line, main, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +37,7 @@ class Args:
     limit: int | None = None  # none by default
 
     def check(self):
+        # not a flag's help
         if self.seed < 0:
             raise ValueError("--seed must not be negative")
 
@@ -63,7 +64,8 @@ def test_help_shows_groups_comments_and_defaults(capsys):
         parse(Args, "First paragraph.\n\nSecond.", ["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "method:" in out and "rate, 5 % more or less [0.001]" in out
-    assert "First paragraph." in out and "Second" not in out
+    assert "First paragraph." in out and "Second" not in out and "not a flag's help" not in out
+    assert "--limit N " in out and "--lr X " in out and "--weights X,... " in out and "[False]" not in out
 
 
 @pytest.mark.parametrize("problem, status, words", [
@@ -76,6 +78,11 @@ def test_a_users_mistake_is_one_line_without_traceback(problem, status, words, c
         main(Args, train, "", [])
     err = capsys.readouterr().err
     assert stop.value.code == status and words in err and "Traceback" not in err
+
+
+def test_the_command_can_be_pasted(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/a/coco.py", "--variants", "no LLM,full"])
+    assert command_line() == "python coco.py --variants 'no LLM,full'"
 
 
 def test_a_mistake_that_shows_late_leaves_no_folder_in_the_way_unless_work_was_done(tmp_path):

@@ -583,3 +583,10 @@ def test_the_table_of_all_variants_is_printed_and_the_gates_are_drawn(tmp_path, 
     table = json.loads(out.strip().splitlines()[-1].removeprefix("RESULT "))["ablations"]
     assert {row.split(", ")[1].split(" ")[0] for row in table} == set(sllmr.VARIANTS) and all(row["overall"]["std"] is not None for row in table.values())
     assert (tmp_path / "all" / "scores-s0" / "scores.jsonl").exists() and "mean ± std over 2 seeds" in out
+
+
+def test_the_bins_of_the_gates_map_do_not_overlap():
+    rows = types.SimpleNamespace(logs=types.SimpleNamespace(n_train=np.array([1, 2, 3, 9]), item_counts=lambda: np.array([5, 6])))
+    scored = types.SimpleNamespace(users=torch.arange(4), items=torch.tensor([[0, 1]] * 4), known=torch.ones(4, 2, dtype=torch.bool))
+    found = sllmr.gate_map(rows, scored, np.arange(8) / 8, bins=2)
+    assert found == {"history": ["1", "2–9"], "popularity": ["5–6"], "alpha": [[0.0625], [0.5625]]}
