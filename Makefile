@@ -9,7 +9,7 @@ demo: $(READY)
 	$(PYTHON) curec.py --data toy --backbone tiny --align-steps 60 --run runs/demo --overwrite
 
 test: $(addsuffix -test,$(READY))
-	$(PYTHON) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests
 
 bench-gpu: $(addsuffix -bench,$(READY))
 	$(PYTHON) tests/bench/gpu.py
