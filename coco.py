@@ -79,7 +79,7 @@ from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
 from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, summarise, write_table
-from common.sequences import Logs
+from common.sequences import Logs, category_table
 
 
 # 2 ---------------------------------------------------------------------------------------------------- arguments
@@ -99,9 +99,11 @@ class Args:
     variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all that the data allow)
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     # -- data
+    min_rating: float = 0.0  # interactions rated lower are dropped; 0 keeps all
     users: int | None = None  # keep a random sample of so many users
     # -- recommender
     recommender: Literal["deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din"] = "din"  # the base model
+    categories: bool = False  # the base model reads the items' categories too, as the texts do
     head: Literal["bce", "nce"] = "bce"  # click prediction on 1:1 rows, or retrieval among --negatives
     negatives: int = 32  # with --head nce: per target
     tau: float = 1.0  # τ, temperature of the nce head
@@ -141,7 +143,7 @@ class Args:
     lora_alpha: float = 16.0  # α; the adapter is scaled by α / r
     # -- optimisation
     lr: float = 3e-3  # of the recommender, prompts and fusion
-    lora_lr: float = 1e-3  # learning rate of the adapter; 0: phase 4 without it
+    lora_lr: float | None = None  # learning rate of the adapter (default 1e-4; 1e-3 for tiny); 0: phase 4 without it
     weight_decay: float = 1e-6  # L2 of the recommender, added to the gradient as Adam has it
     base_epochs: int = 4  # most epochs of phase 1
     epochs: int = 8  # most epochs of phase 2
@@ -186,7 +188,7 @@ class Rows:
     """
 
     def __init__(self, args, device):
-        data = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed)
+        data = datasets.min_rating(datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed), args.min_rating)
         if args.users:
             data = datasets.sample_users(data, args.users, args.seed)
         self.args, self.data, self.device, self.logs = args, data, device, Logs(data, args.prompt_history)
@@ -347,7 +349,8 @@ class CoCo(nn.Module):
         super().__init__()
         torch.manual_seed(cuda.key_seed(args.seed, "init"))
         self.args, self.rows, D, n = args, rows, args.dim, len(rows.data.items)
-        self.ctr = CTR(args.recommender, len(rows.data.users), n, np.zeros((n + 1, 1)), D, args.mlp, args.dropout)
+        categories = category_table([c[:8] if args.categories else [] for c in rows.data.categories])
+        self.ctr = CTR(args.recommender, len(rows.data.users), n, categories, D, args.mlp, args.dropout)
         self.to_state = nn.Linear(2 * D, D)
         self.passes = 0
         if args.prompt == "none":
@@ -680,7 +683,7 @@ def first_level(model, texts):
 
 def adam(args, model, adapter=False, lr=None):
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": args.weight_decay}]
-    return torch.optim.Adam(groups + ([{"params": lora.parameters(model.llm), "lr": args.lora_lr}] if adapter else []), lr=args.lr if lr is None else lr)
+    return torch.optim.Adam(groups + ([{"params": lora.parameters(model.llm), "lr": llm.rate(args.lora_lr, args.backbone, 1e-3, 1e-4)}] if adapter else []), lr=args.lr if lr is None else lr)
 
 
 def adapt(model, on):
@@ -752,6 +755,7 @@ def train(args, shared=None):
 
     shared: a run folder whose phases 1 and 2 are the same, taken over from there.
     """
+    cuda.alone("coco.py")
     if args.ablations:
         return ablations(args)
     cuda.seed_everything(args.seed)
@@ -856,6 +860,7 @@ def show(result):
 # 10 --------------------------------------------------------------------------------------------------- compare
 VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the same)
     "no LLM": ({"prompt": "none", "base_epochs": 100, "patience": 6}, None),                  # until it gets no better
+    "no LLM, categories": ({"prompt": "none", "categories": True, "base_epochs": 100, "patience": 6}, None),
     "static": ({"prompt": "static", "judge": "off"}, None),
     "shared": ({"prompt": "shared", "judge": "off"}, None),
     "mixture": ({"prompt": "mixture", "judge": "off"}, None),

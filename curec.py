@@ -38,7 +38,7 @@ DEVIATIONS AND CHOICES. No code and no full text of the paper is public; what fo
   - The score [6] has parts of its own beside the MLP: <z, last state of the encoder>, a bias per item that starts at the log of
     its popularity, u * z as an input, and the pattern speaks for the user as well as for the query. Texts' vectors are whitened.
   - A reason that is empty or cut off is worth the score without a new reason, minus 1.
-  - "Without update" steps the LLM and keeps all texts. As the texts are what is served, it serves what "without correction" does.
+  - "Without update" steps the LLM, keeps the best sampled reason and rewrites neither pattern nor reason.
   - The signal [7] is the logit in fp32, not its sigmoid, which saturates and then has no differences to learn from.
   - A pass over all interactions of ML-1M would be 7.9 million generations; --correct-events takes the latest ones.
     Interactions with no user or item in common share a batch (and a GRPO step); see `schedule`.
@@ -121,10 +121,12 @@ class Args:
     zero_std: Literal["keep", "drop"] = "keep"  # groups of equal rewards: keep in the mean, or drop
     lr: float | None = None  # of GRPO (default 1e-5; 2e-3 for tiny)
     max_grad_norm: float = 1.0  # gradient clipping
+    micro_batch: int | None = None  # prompts, with their completions, at once in a step: less memory, same result (default: 4 on CUDA, else all)
     # -- texts (phase 2)
     reasons: int = 3  # written per item in phase 2, each from another training interaction
     max_reasons: int = 6  # most reasons an item keeps; the oldest goes
     text_tokens: int = 40  # longest pattern or reason
+    texts: Literal["llm", "data"] = "llm"  # data is an ablation: the lines that the LLM would have read, instead of what it writes
     random_reasons: bool = False  # ablation: deal the reasons out to other items
     # -- reward model (phase 3)
     features: Literal["both", "ids", "text"] = "both"  # both, or the ablations: ids only, text only
@@ -146,7 +148,7 @@ class Args:
     rm_valid_users: int = 1000  # users that validation ranks for
     # -- correction (phase 4)
     correct: bool = True  # --no-correct is the ablation without correction
-    update: bool = True  # --no-update steps the LLM and leaves pattern and reason as they are
+    update: bool = True  # --no-update keeps the best sampled reason and rewrites neither pattern nor reason
     shuffled_order: bool = False  # ablation: the same interactions in random order
     correct_events: int = 256  # correct on so many of the latest training interactions, in time order
     correct_batch: int = 16  # independent interactions that share a GRPO step
@@ -166,9 +168,9 @@ class Args:
             raise ValueError(f"--variants {','.join(heirs)}: needs full too, whose LLM it takes over")
         if self.recommend and not self.run:
             raise ValueError("--recommend needs --run FOLDER of a finished run")
-        if self.random_reasons and self.correct:
-            raise ValueError("--random-reasons needs --no-correct: phase 4 would correct reasons that belong to other items")
-        at_least(self, 1, "align_steps align_prompts align_tokens text_tokens reasons max_reasons max_history rm_batch dim heads text_dim negatives "
+        if (self.random_reasons or self.texts == "data") and self.correct:
+            raise ValueError("--random-reasons and --texts data need --no-correct: phase 4 would write anew")
+        at_least(self, 1, "micro_batch align_steps align_prompts align_tokens text_tokens reasons max_reasons max_history rm_batch dim heads text_dim negatives "
                           "correct_batch correct_events llm_batch eval_prompts lora_rank rm_epochs rm_patience rm_valid_users top layers prompt_history")
         at_least(self, 0, "min_interactions weights clip beta correct_lr_scale lora_alpha max_grad_norm weight_decay negative_power")
         if self.dim % self.heads:
@@ -297,7 +299,7 @@ class RewardModel(nn.Module):
         H, u = self.past(users, history, texts), self.u(users, texts)
         z = self.z(users, items, texts, extra, tables)
         pooled = self.unit(z, H, history > 0) / math.sqrt(self.args.max_history)
-        last = H[torch.arange(len(users)), (history > 0).sum(1) - 1] if history.shape[1] else torch.zeros_like(u)
+        last = H[torch.arange(len(users)), (history > 0).sum(1) - 1]
         state = (z @ last[:, :, None])[..., 0]
         return self.head(users, items, texts, z, u, pooled @ self.first.weight[:, -self.args.dim:].T, state)
 
@@ -481,7 +483,7 @@ class Policy:
 
     def start(self):
         """A fresh optimiser on the adapter as it is: AdamW without weight decay."""
-        self.lr = self.args.lr or (2e-3 if self.args.backbone == "tiny" else 1e-5)
+        self.lr = llm.rate(self.args.lr, self.args.backbone, 2e-3, 1e-5)
         self.optimizer = torch.optim.AdamW(lora.parameters(self.model), lr=self.lr, weight_decay=0.0)
 
     def tokens(self, prompt):
@@ -526,29 +528,37 @@ class Policy:
         if args.zero_std == "drop" and mixed.any():                           # with no signal at all only the KL acts
             tokens = [t for t, keep in zip(tokens, mixed.tolist()) if keep]
             out, adv = out.select(mixed), adv[mixed]
-        packed = llm.pack(tokens, out.tokens, out.lengths).to(self.device)
         mask = (torch.arange(out.tokens.shape[2], device=self.device) < out.lengths.to(self.device)[..., None]).float()
-        swapped = lora.disabled(self.model) if reference is None else lora.swapped(self.model, reference)
-        with torch.no_grad(), swapped:
-            ref = llm.completion_logps(self.model, packed, args.temperature, hidden=args.kl == "exact")
-        new = llm.completion_logps(self.model, packed, args.temperature, hidden=args.kl == "exact")
-        exact = llm.exact_kl(self.model, packed, new.hidden, ref.hidden, args.temperature) if args.kl == "exact" else None
-        loss, extra = grpo_loss(new.logps, out.logps.to(self.device), ref.logps, adv, mask, args.clip, args.beta,
-                                args.kl, args.length_norm, exact)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_scale
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        size, loss, extra = args.micro_batch or (4 if self.device.type == "cuda" else len(tokens)), 0.0, {}
+        for start in range(0, len(tokens), size):
+            part = slice(start, start + size)
+            packed = llm.pack(tokens[part], out.tokens[part], out.lengths[part]).to(self.device)
+            swapped = lora.disabled(self.model) if reference is None else lora.swapped(self.model, reference)
+            with torch.no_grad(), swapped:
+                ref = llm.completion_logps(self.model, packed, args.temperature, hidden=args.kl == "exact")
+            new = llm.completion_logps(self.model, packed, args.temperature, hidden=args.kl == "exact")
+            exact = llm.exact_kl(self.model, packed, new.hidden, ref.hidden, args.temperature) if args.kl == "exact" else None
+            some, found = grpo_loss(new.logps, out.logps[part].to(self.device), ref.logps, adv[part], mask[part], args.clip, args.beta,
+                                    args.kl, args.length_norm, exact)
+            found["entropy"] = float((new.entropy * mask[part]).sum() / mask[part].sum().clamp(min=1))
+            of_tokens = float(mask[part].sum() / mask.sum().clamp(min=1))
+            some = some * (of_tokens if args.length_norm == "dapo" else len(adv[part]) / len(adv))    # the parts add up to the whole
+            some.backward()
+            loss += some.item()
+            for key, value in found.items():
+                extra[key] = max(value, extra.get(key, 0.0)) if key == "ratio_max" else extra.get(key, 0.0) + of_tokens * value
         cuda.average_gradients(lora.parameters(self.model))
         norm = nn.utils.clip_grad_norm_(lora.parameters(self.model), args.max_grad_norm)
         self.optimizer.step()
-        entropy = float((new.entropy * mask).sum() / mask.sum().clamp(min=1))
-        return stats | extra | {"entropy": entropy, "loss": loss.item(), "grad_norm": float(norm)}
+        return stats | extra | {"loss": loss, "grad_norm": float(norm)}
 
 
 # 7 ---------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def rank_all(args, model, logs, texts, which, limit=None, ranks_only=False):
+def rank_all(args, model, logs, texts, which, limit=None):
     """Full ranking of the held-out item among all items the user has not had before. which: "valid" or "test"."""
     model.eval()
     device = next(model.parameters()).device
@@ -561,10 +571,7 @@ def rank_all(args, model, logs, texts, which, limit=None, ranks_only=False):
         history = logs.histories(u, p, args.max_history).to(device)
         scores = model.score_catalogue(torch.as_tensor(u, device=device), history, texts, tables).cpu().numpy()
         ranks.append(metrics.ranks_of(scores, logs.item_at(u, p), logs.had(u, p)))
-    ranks = np.concatenate(ranks)
-    if ranks_only:
-        return ranks
-    report = metrics.ranking_report(ranks)
+    report = metrics.ranking_report(np.concatenate(ranks))
     return report | {"ms_per_user": round(1000 * (time.perf_counter() - started) / len(users), 3)}
 
 
@@ -582,7 +589,7 @@ def align(args, run, policy, logs):
     Under torchrun every process samples and learns from its share of a step's prompts; process 0 judges and saves, and
     goes on alone with what follows.
     """
-    rank, world = cuda.join()
+    rank, world = cuda.join(policy.device)
 
     def held_out(offset):
         users = np.random.default_rng([args.seed, 3]).permutation(logs.judged)[:args.eval_prompts]
@@ -623,6 +630,7 @@ def align(args, run, policy, logs):
         if (step + 1) % 10 == 0 or step + 1 == args.align_steps:
             run.save("align", prefix("now/", lora.state(policy.model)) | prefix("best/", best_adapter)
                      | run.optimizer_tensors(policy.optimizer), {"step": step + 1, "best": best})
+    cuda.part()                                            # the others need not wait for the judging
     if rank > 0:
         return None
     test = held_out(1)
@@ -736,13 +744,17 @@ def write_texts(args, run, policy, logs):
     shuffled = rng.permutation(len(users))
     nth = occurrence(items[shuffled])                                         # 0 for an item's first, 1 for its second
     chosen = np.sort(shuffled[nth < args.reasons])
-    patterns = policy.write([pattern_prompt(logs.history(u, logs.n_train[u])) for u in range(len(data.users))],
-                            args.text_tokens, "pattern", desc="patterns")
-    patterns = [clean_text(t) for t in patterns]
-    reasons = policy.write([reason_prompt(logs.history(users[e], positions[e]), patterns[users[e]],
-                                          logs.lines[items[e]]) for e in chosen],
-                           args.text_tokens, "reason", sample=True, desc="reasons")
-    reasons = [clean_text(t) for t in reasons]
+    if args.texts == "data":
+        patterns = ["; ".join(logs.history(u, logs.n_train[u])) for u in range(len(data.users))]
+        reasons = [logs.lines[items[e]] for e in chosen]
+    else:
+        patterns = policy.write([pattern_prompt(logs.history(u, logs.n_train[u])) for u in range(len(data.users))],
+                                args.text_tokens, "pattern", desc="patterns")
+        patterns = [clean_text(t) for t in patterns]
+        reasons = policy.write([reason_prompt(logs.history(users[e], positions[e]), patterns[users[e]],
+                                              logs.lines[items[e]]) for e in chosen],
+                               args.text_tokens, "reason", sample=True, desc="reasons")
+        reasons = [clean_text(t) for t in reasons]
     vectors = llm.encode(policy.model, policy.tokenizer, patterns + reasons, args.llm_batch * 2)
     texts = Texts(len(data.users), len(data.items), args.max_reasons, args.text_dim, policy.device)
     texts.fit(vectors[:len(patterns)], vectors[len(patterns):])
@@ -758,17 +770,19 @@ def write_texts(args, run, policy, logs):
 
 
 def text_report(texts, logs):
-    """Is the writing sound? distinct-2, mean words, and the share of named attributes that the item does not have."""
+    """Is the writing sound? distinct-2, mean words, and the share of named attributes that the item does not have, in the
+    reasons of each phase."""
     vocabulary = {a.lower() for row in logs.data.categories for a in row}
-    named = wrong = 0
+    named, wrong = {"write": 0, "correct": 0}, {"write": 0, "correct": 0}
     for i, entries in enumerate(texts.reason):
         own = {a.lower() for a in logs.data.categories[i]}
         for entry in entries:
             said = {w for w in re.findall(r"[\w'-]+", entry["text"].lower()) if w in vocabulary}
-            named, wrong = named + len(said), wrong + len(said - own)
+            named[entry["by"]] += len(said)
+            wrong[entry["by"]] += len(said - own)
     return {"reasons": sum(map(len, texts.reason)), "empty_items": sum(not r for r in texts.reason),
             **diversity([entry["text"] for r in texts.reason for entry in r]),
-            "hallucinated": round(wrong / max(named, 1), 4)}
+            **{name: round(wrong[by] / named[by], 4) for name, by in (("hallucinated", "write"), ("hallucinated_corrected", "correct")) if named[by]}}
 
 
 def diversity(texts):
@@ -818,12 +832,10 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
             lr = args.rm_lr * min((epoch * count + s + 1) / 100, 1.02 - (epoch + s / count) / args.rm_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                positive, negative = model.forward_all_times(
-                    torch.as_tensor(u, device=device), sequence, others + 1, texts)
+            positive, negative = model.forward_all_times(torch.as_tensor(u, device=device), sequence, others + 1, texts)
             real = (sequence > 0).float()
             drawn_by = (log_q[(sequence - 1).clamp(min=0)], log_q[others][:, None])
-            loss = (recommendation_loss(positive.float(), negative.float(), args.rm_loss, drawn_by) * real).sum() / real.sum()
+            loss = (recommendation_loss(positive, negative, args.rm_loss, drawn_by) * real).sum() / real.sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -909,8 +921,13 @@ def correct(args, run, policy, logs, reward_model, texts):
         before, scores = reward_model.judge(logs, texts, u, p, i, flat)       # (B,), (B, G) fp32 logits
         broken = torch.tensor([[not t for t in group] for group in groups], device=scores.device)
         rewards = torch.where(broken | out.truncated.to(scores.device), before[:, None] - 1.0, scores)
-        stats = policy.step(tokens, out, rewards, reference=aligned, lr_scale=args.correct_lr_scale)
-        if args.update:
+        stats = policy.step(tokens, out, rewards, reference=aligned,
+                            lr_scale=args.correct_lr_scale * len(u) / args.correct_batch)     # Adam's steps do not shrink with the batch
+        if not args.update:                                                    # the best reason of the group stays, nothing is rewritten
+            for k, best in enumerate(rewards.argmax(1).tolist()):
+                if groups[k][best]:
+                    texts.put_reason(i[k], u[k], groups[k][best], flat[k, best], "correct")
+        else:
             written = policy.write([pattern_prompt(logs.history(x, y + 1)) for x, y in zip(u, p)] + prompts,
                                    args.text_tokens, "update")
             written = [clean_text(t) for t in written]
@@ -934,8 +951,7 @@ def correct(args, run, policy, logs, reward_model, texts):
 def prepare(args):
     """Load, filter, and lay out the interactions."""
     data = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed)
-    if args.min_rating > 0:
-        data = datasets.min_rating(data, args.min_rating)
+    data = datasets.min_rating(data, args.min_rating)
     lowest = args.min_interactions if args.min_interactions is not None else (30 if data.world is None else 1)
     if (most := np.bincount(data.user).max()) < lowest:
         raise UserError(f"--data {args.data}: no user has {lowest} interactions, the most is {most}; lower --min-interactions")
@@ -957,11 +973,12 @@ def train(args):
     if args.recommend:
         return recommend(args)
     if args.ablations:
+        cuda.alone("--ablations")
         return ablations(args)
     cuda.seed_everything(args.seed)
     device = cuda.pick_device(args.device)
     logs = prepare(args)
-    rank, world = cuda.join()
+    rank, world = cuda.join(device)
     if args.align_prompts % world:
         raise UserError(f"--align-prompts {args.align_prompts} cannot be shared by {world} processes; use a multiple")
     run = Run(args, "curec", logs.data.fingerprint, rank=rank)
@@ -1013,7 +1030,7 @@ def train(args):
     result |= {"valid": valid, "test": test, "popularity": popularity(logs)}
     if words:
         result["attention_entropy"] = attention_entropy(args, model, logs, texts)
-    if logs.data.world is not None:
+    if logs.data.world is not None and not args.min_rating:                                  # the world knows its own choices, all of them
         result["bayes_optimal"] = bayes(logs)
     run.write_jsonl("examples", [explain(args, model, logs, texts, u, 3) for u in logs.judged[:20].tolist()])
     run.finish("result", result)
@@ -1073,7 +1090,7 @@ def recommend(args):
     if args.recommend not in logs.data.users:
         raise UserError(f"--recommend {args.recommend}: no such user; for example {', '.join(logs.data.users[:5])}")
     u = logs.data.users.index(args.recommend)
-    run = Run(old, "curec", logs.data.fingerprint)
+    run = Run(dataclasses.replace(old, data_dir=earlier["data_dir"]), "curec", logs.data.fingerprint)
     tensors, state = run.load("served")
     texts = restore_texts(old, logs, device, strip(tensors, "texts/"), state)
     model = RewardModel(old, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device).eval()
@@ -1107,16 +1124,19 @@ def explain(args, model, logs, texts, u, top):
     return {"user": logs.data.users[u], "history": logs.history(u, end[0])[-5:], "pattern": texts.pattern[u], "top": shown}
 
 
-WRITTEN = ("aligned.safetensors", "align.safetensors", "texts.safetensors", "texts.jsonl")
+ALIGNED = ("aligned.safetensors", "align.safetensors")
+WRITTEN = (*ALIGNED, "texts.safetensors", "texts.jsonl")
 FITTED = (*WRITTEN, "reward.safetensors")
 CORRECTED = (*FITTED, "correct.safetensors", "texts-corrected.jsonl")
 VARIANTS = {   # name: (what changes, phases taken over from "full", their files)
     "full": ({}, (), ()),
     "ids only": ({"features": "ids"}, (), ()),
+    "data's lines": ({"texts": "data", "correct": False}, ("align",), ALIGNED),
     "random reasons": ({"random_reasons": True, "correct": False}, ("align", "write"), WRITTEN),
     "content only": ({"features": "text", "correct": False}, ("align", "write"), WRITTEN),
     "w/o correction": ({"correct": False}, ("align", "write", "reward"), FITTED),
     "w/o update": ({"update": False}, ("align", "write", "reward"), FITTED),
+    "w/o GRPO": ({"correct_lr_scale": 0.0}, ("align", "write", "reward"), FITTED),
     "shuffled order": ({"shuffled_order": True}, ("align", "write", "reward"), FITTED),
     "refit": ({"refit": True}, ("align", "write", "reward", "correct"), CORRECTED),
     "w/o pretraining": ({"align": False}, (), ()),
@@ -1144,7 +1164,7 @@ def ablations(args):
                 for phase in phases:
                     run.inherit(root / f"s{seed}" / "full", phase, files)
                 now = dataclasses.replace(now, resume=True)
-            elif (folder / "phases.json").exists():
+            elif (folder / "args.json").exists():
                 now = dataclasses.replace(now, resume=True, overwrite=False)
             table.setdefault(name, []).append(train(now))
             runs.append(folder)

@@ -580,6 +580,7 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
 
 def train(args):
     """All stages in one run; each is skipped when the run folder says that it is done. Returns the RESULT record."""
+    cuda.alone("lcft.py")
     if args.ablations:
         return ablations(args)
     cuda.seed_everything(args.seed)
@@ -603,7 +604,7 @@ def train(args):
         host.mf.load_state_dict(run.load("mf")[0])
         host.mf.requires_grad_(False)
         result["mf"] = run.done("mf")
-    lr = args.lr or (2e-3 if args.backbone == "tiny" else 1e-4)
+    lr = llm.rate(args.lr, args.backbone, 2e-3, 1e-4)
     part = (lambda: lora.state(host.model), lambda t: lora.load_state(host.model, t), adapter)
     if not run.done("lora"):
         record = stage(args, run, host, "lora", part, lr, args.kl if args.kl_stages != "map" or not collm else "off")

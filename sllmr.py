@@ -86,7 +86,7 @@ from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
 from common.run import Run, UserError, at_least, differences, main, prefix, progress, pyplot, strip, write_atomically, write_table
-from common.sequences import Logs
+from common.sequences import Logs, category_table
 
 
 # 2 ---------------------------------------------------------------------------------------------------- arguments
@@ -107,6 +107,7 @@ class Args:
     lams: tuple[float, ...] = (0.1, 0.3)  # with --ablations: the λ among which validation chooses
     recommenders: tuple[str, ...] = ()  # with --ablations: the click models to compare (default: --recommender alone)
     # -- data
+    min_rating: float = 0.0  # interactions rated lower are dropped; 0 keeps all
     users: int | None = None  # keep a random sample of so many users
     cold_users: float = 0.0  # keep only the last 5 or 6 choices of this share of the users, which makes them cold
     cold: int = 3  # τ_u: a cold user has at most so many training targets
@@ -204,7 +205,7 @@ class Rows:
     """
 
     def __init__(self, args, device):
-        data = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed)
+        data = datasets.min_rating(datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed), args.min_rating)
         if args.users:
             data = datasets.sample_users(data, args.users, args.seed)
         if args.cold_users:
@@ -219,11 +220,7 @@ class Rows:
         self.rank = np.argsort(np.argsort(-count, kind="stable"), kind="stable")              # 0 = most chosen
         self.tail = self.rank >= n - int(args.tail * n)                                       # (n_items,)
         brands = [[title.lower().split()[0].strip(",;:") + " (brand)"] if args.brand else [] for title in data.titles]
-        every = [[*c[:8], *brand] for c, brand in zip(data.categories, brands)]
-        number = {name: k for k, name in enumerate(sorted({name for c in every for name in c}), 1)}
-        self.categories = np.zeros((n + 1, max(1, *map(len, every))), dtype=np.int64)
-        for i, names in enumerate(every, 1):
-            self.categories[i, :len(names)] = [number[name] for name in names]
+        self.categories = category_table([[*c[:8], *brand] for c, brand in zip(data.categories, brands)])
         self.train, self.valid, self.test = (self.table(*pairs, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen)
                                              for name, pairs, seen in zip(("train", "valid", "test"), asked, (logs.train_keys(), None, None)))
 
@@ -330,7 +327,7 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
     validation or test choice is learned from; the AUC on some of validation's 1:1 rows is printed."""
     args, rng, train = rows.args, np.random.default_rng([rows.args.seed, 79]), rows.train.T.cpu().numpy()
     lora.inject(model, seed=args.seed)
-    rate = args.tune_lr or (2e-3 if args.backbone == "tiny" else 1e-4)
+    rate = llm.rate(args.tune_lr, args.backbone, 2e-3, 1e-4)
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=rate, weight_decay=0.0)
     for step in progress(range(args.tune_steps), "tuning", args.tune_steps):
         prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place) for u, place, i, j in train[rng.integers(0, len(train), batch)]])
@@ -840,6 +837,7 @@ def train(args, shared=None):
 
     shared: a folder for the LLM's scores, which runs that differ in later phases have in common.
     """
+    cuda.alone("sllmr.py")
     if args.ablations and not args.dry_run:
         return ablations(args)
     cuda.seed_everything(args.seed)

@@ -23,14 +23,21 @@ def pick_device(name="auto"):
     if kind == "cuda" and "LOCAL_RANK" in os.environ and ":" not in name:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: no such device; {kind} or {kind}:NUMBER") from None
+    if kind == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, from cuda:0 on")
+        torch.cuda.set_device(device)             # streams, graphs, barriers and memory figures are of the current device
+    return device
 
 
 def pick_dtype(name, device):
-    """Of the frozen backbone. "auto": bfloat16 on CUDA, float32 elsewhere. fp16 is not offered: it overflows."""
-    choices = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+    """Of the frozen backbone. "auto": bfloat16 on a GPU that computes in it (Ampere and later), else float32. fp16 is not
+    offered: it overflows."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    choices = {"auto": torch.bfloat16 if native else torch.float32,
                "float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in choices:
         raise UserError(f"--dtype {name}: one of {', '.join(choices)}")
@@ -55,20 +62,27 @@ def generator(device, *key):
 
 def memory_gib():
     """Peak memory so far in GiB: allocated on CUDA, else resident of this process."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024                # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def join():
-    """(rank, world size) under torchrun, (0, 1) otherwise. Start: torchrun --nproc-per-node N -- script.py ...
+def join(device):
+    """(rank, world size) under torchrun, (0, 1) otherwise; device: this process's own. Start: torchrun --nproc-per-node N -- script.py ...
     (without the `--`, torchrun takes our --run for an abbreviation of its own)."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        on_gpu = device.type == "cuda"
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def alone(what):
+    """Raise UserError under torchrun, where several processes would write the same files."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{what} runs in one process; start it without torchrun")
 
 
 def part():

@@ -687,6 +687,11 @@ def keep(data, mask, note):
 
 
 def min_rating(data, lowest):
+    """Interactions rated at least so; 0 keeps all. Raises UserError where there are no ratings, or none so high."""
+    if lowest <= 0:
+        return data
+    if not data.has_ratings or data.rating.max() < lowest:
+        raise UserError(f"--min-rating {lowest:g}: {data.name} " + (f"has no rating above {data.rating.max():g}" if data.has_ratings else "has no ratings"))
     return keep(data, data.rating >= lowest, f"rating >= {lowest}")
 
 

@@ -28,11 +28,22 @@ from transformers.utils import logging
 from common.run import UserError, progress
 
 TINY = Path(__file__).parent / "tiny"
+# cuDNN's attention, the first choice on Hopper, returns NaN gradients with some masks (pytorch issue 196678), and plans anew for each shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
 logging.disable_progress_bar()                        # of loading: seconds for what runs here, and lines between ours
 logging.get_logger("huggingface_hub").setLevel(logging.ERROR)         # each of its retries is a line
 
 
 # --------------------------------------------------------------------------------------------- load, tokenise
+def is_bundled(name):
+    return name == "tiny" or Path(name).resolve() == TINY
+
+
+def rate(given, backbone, bundled, other):
+    """The learning rate of an adapter: as given, or what suits the bundled LLM, or a larger one."""
+    return given if given is not None else bundled if is_bundled(backbone) else other
+
+
 def load(name, device="cpu", dtype=torch.float32):
     """(model, tokenizer) of a Hugging Face causal LM by name or folder ("tiny" = the bundled one), frozen, in
     eval mode. Weights come from safetensors and no code of the model's repository is run.
@@ -44,6 +55,8 @@ def load(name, device="cpu", dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                                                            attn_implementation="sdpa", output_loading_info=True)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as problem:
         raise UserError(f"--backbone {name}: cannot be loaded ({_first_line(problem)}); give a folder with "
                         "config.json, tokenizer and model.safetensors, or a name and a network") from None
@@ -77,6 +90,8 @@ def check_backbone(model, name):
         far = _distance(packed_hidden(model, packed), want.flatten(0, 1))
         logits = model(input_ids=plain, use_cache=False).logits[:, 2:-1]
         rescaled = _distance(model.get_output_embeddings()(want), logits)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, AttributeError, RuntimeError) as problem:
         raise UserError(f"--backbone {name}: does not take packed rows ({_first_line(problem)}); "
                         "take another one") from None
@@ -330,6 +345,12 @@ def rollout(model, prompts, n, max_new_tokens, temperature=1.0, greedy=False, eo
     return Rollout(out.tokens[..., :T], out.lengths, out.logps[..., :T], out.truncated, out.fed)
 
 
+@functools.lru_cache
+def _side_stream(device):
+    """One for all graphs: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class _StaticStep:
     """`_step` at fixed shapes and addresses; on CUDA it is captured once as a graph and replayed."""
 
@@ -355,13 +376,13 @@ class _StaticStep:
         if who.device.type != "cuda":
             return self.forward()
         if self.graph is None:
-            side = torch.cuda.Stream()
+            side = _side_stream(who.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):                        # warm-up outside the capture, as CUDA asks
                 self.forward()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):
                 self.logits = self.forward()
         self.graph.replay()
         return self.logits

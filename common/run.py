@@ -271,7 +271,7 @@ class Run:
     made = []                                                                # the folders that this process has begun
 
     def __init__(self, args, script, fingerprint, free=(), rank=0):
-        self.script, self.clock, self.rank, self.since = script, None, rank, time.perf_counter()
+        self.args, self.script, self.clock, self.rank, self.since = args, script, None, rank, time.perf_counter()
         tail = f"{Path(args.data).name}-{Path(args.backbone).name}-s{args.seed}"
         self.folder = Path(args.run or f"runs/{script}-{tail}")
         settings = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(args))).items()
@@ -431,6 +431,8 @@ class Run:
                              f"transformers {transformers.__version__}", "commit": commit(), **facts}
         for key, value in facts.items():
             print(f"{key:>12}  {value}")
+        if getattr(self.args, "backbone", None) == "tiny" and not self.args.data.startswith("toy"):
+            print(f"{'note':>12}  the bundled LLM has only ever read the toy world's titles; for texts that are worth something, --backbone takes a real one")
         sys.stdout.flush()
         kept = {"minutes": earlier["minutes"]} if "minutes" in earlier else {}
         write_atomically(path, json.dumps(facts | kept, indent=1, default=str))

@@ -9,6 +9,15 @@ from common.prompts import item_line
 from common.run import UserError
 
 
+def category_table(names):
+    """names: a list of names per item -> (n_items + 1, K) int64: their numbers at the item's shifted id, 0 = none."""
+    number = {name: k for k, name in enumerate(sorted({name for of_item in names for name in of_item}), 1)}
+    table = np.zeros((len(names) + 1, max(1, *map(len, names))), dtype=np.int64)
+    for i, of_item in enumerate(names, 1):
+        table[i, :len(of_item)] = [number[name] for name in of_item]
+    return table
+
+
 class Logs:
     """The interactions as the phases read them: per user a sequence in time order, the last two held out.
 

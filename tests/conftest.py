@@ -5,6 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""      # the tests are of the CPU, also where there is a GPU; tests/bench/gpu.py is of that
 import torch
 
 ROOT = Path(__file__).parent.parent

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import curec
-from common.run import UserError
+from common import lora
+from common.run import Run, UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(data="toy:80x160x1100", align_steps=3, align_prompts=3, group=4, eval_prompts=8, rm_epochs=3, correct_events=14,
@@ -435,3 +437,133 @@ def test_a_users_mistake_is_one_clear_line(flags, status, words, tmp_path, capsy
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == status and words in err
     assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp"]
+
+
+# ------------------------------------------------------------------------------------------------- the phases, by hand
+def small_policy(**changes):
+    args = curec.Args(**SMALL | dict(lora_rank=4) | changes)
+    policy = curec.Policy(args, torch.device("cpu"))
+    for k, p in enumerate(lora.parameters(policy.model)):          # B is 0 at the start, and so would be the gradient of A
+        torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(k))
+    return args, policy
+
+
+def test_a_step_has_the_policy_gradient_of_plain_forward_passes_in_parts_as_well():
+    """On policy, without KL: each group's mean of advantage x mean log-probability of its completion, by Hugging Face."""
+    args, policy = small_policy(beta=0.0, max_grad_norm=1e9)
+    tokens, out, _ = policy.sample(["Which one?", "A longer question: which of these?"], 6, ("t",))
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.0, 0.0, 2.0, 0.0]])
+    policy.optimizer.step = lambda: None
+    found = []
+    for policy.args.micro_batch in (None, 1):
+        policy.step(tokens, out, rewards)
+        found.append([p.grad.clone() for p in lora.parameters(policy.model)])
+    policy.optimizer.zero_grad()
+    for prompt, group, lengths, adv in zip(tokens, out.tokens, out.lengths, curec.advantages(rewards)):
+        for completion, n, a in zip(group, lengths, adv):
+            ids = torch.tensor([prompt + completion[:n].tolist()])
+            logps = policy.model(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)[range(n), ids[0, len(prompt):]]
+            (-a * logps.mean() / rewards.numel()).backward()
+    for ours, parts, p in zip(*found, lora.parameters(policy.model)):
+        least = 1e-3 * p.grad.abs().max()
+        assert least > 0 and (ours - p.grad).abs().max() < least and (parts - p.grad).abs().max() < least
+
+
+def test_alignment_weighs_the_rules_and_keeps_the_adapter_that_validation_likes_best(tmp_path, monkeypatch):
+    args, policy = small_policy(align_steps=80, weights=(0.1, 0.2, 1.0), run=str(tmp_path / "r"))
+    logs, given, marks, rates = curec.prepare(args), [], [], iter([0.9, 0.4, 0.5, 0.5])
+    monkeypatch.setattr(curec, "rule_rewards", lambda *_: (1.0, 1.0, 0.0))
+    monkeypatch.setattr(policy, "sample", lambda prompts, *_: ([], None, [["x"] * args.group for _ in prompts]))
+    monkeypatch.setattr(curec, "judge_alignment", lambda *_, **__: dict(format=1.0, legal=1.0, correct=next(rates)))
+
+    def step(tokens, out, rewards, lr_scale):
+        given.append(rewards)
+        lora.parameters(policy.model)[0].data += 1
+        marks.append(float(lora.parameters(policy.model)[0].data.mean()))
+        return {}
+    monkeypatch.setattr(policy, "step", step)
+    curec.align(args, Run(args, "curec", "x"), policy, logs)
+    assert all(torch.allclose(r, torch.full((args.align_prompts, args.group), 0.3)) for r in given)
+    assert float(lora.parameters(policy.model)[0].data.mean()) == marks[39]          # judged after 40 steps and after 80
+
+
+def hide_the_held_out(logs):
+    """Make one item what everybody's two last choices are, and nobody's before; its line is a mark."""
+    marked = int(logs.items[0])
+    logs.items[logs.items == marked] = (marked + 1) % len(logs.data.items)
+    for u in logs.judged:
+        logs.sequence(u)[logs.n_train[u]:] = marked
+    logs.lines[marked] = "HELD OUT"
+
+
+def test_no_prompt_of_the_texts_holds_a_held_out_choice_and_the_aligned_llm_stays_encoder_and_reference(tmp_path, monkeypatch):
+    args, policy = small_policy(run=str(tmp_path / "r"), reasons=1, group=2, text_tokens=4, correct_events=200, correct_batch=100)
+    logs, prompts, encoders, references = curec.prepare(args), [], [], []
+    hide_the_held_out(logs)
+    monkeypatch.setattr(policy, "write", lambda asked, *_, **__: prompts.extend(asked) or ["word"] * len(asked))
+    cut = types.SimpleNamespace(truncated=torch.zeros(1, 1, dtype=torch.bool))
+    monkeypatch.setattr(policy, "sample", lambda asked, *_: (prompts.extend(asked) or [], cut, [["word", "word"] for _ in asked]))
+    adapter = lambda: float(lora.parameters(policy.model)[0].data.sum())
+    aligned = adapter()
+
+    def encode(model, tokenizer, texts, size):
+        encoders.append(adapter())
+        return torch.randn(len(texts), 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(curec.llm, "encode", encode)
+
+    def step(tokens, out, rewards, reference, lr_scale):
+        references.append(reference)
+        lora.parameters(policy.model)[0].data += 1
+        return {}
+    monkeypatch.setattr(policy, "step", step)
+    run = Run(args, "curec", "x")
+    curec.write_texts(args, run, policy, logs)
+    texts = curec.restore_texts(args, logs, "cpu", *run.load("texts"))
+    model = curec.RewardModel(args, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1])
+    before = len(prompts)
+    curec.correct(args, run, policy, logs, model, texts)
+    assert before > 80 and len(prompts) > before + 400 and not any("HELD OUT" in p for p in prompts)
+    assert set(encoders) == {aligned} and len(references) > 1 and adapter() != aligned
+    assert all(torch.equal(next(iter(r.values())), next(iter(references[0].values()))) for r in references)
+    assert float(next(iter(references[0].values())).sum()) == aligned
+
+
+@pytest.mark.parametrize("which", ["valid", "test"])
+def test_the_ranking_reads_what_came_before_its_target_and_nothing_else(which):
+    args = curec.Args(**SMALL)
+    logs, seen = curec.prepare(args), []
+
+    class Model(torch.nn.Linear):
+        def tables(self, texts):
+            return None
+
+        def score_catalogue(self, users, history, texts, tables):
+            seen.extend(zip(users.tolist(), history))
+            return torch.nn.functional.one_hot(torch.as_tensor([logs.sequence(u)[logs.n_train[u] + (which == "test")] for u in users.tolist()]).long(), len(logs.data.items)).float()
+    report = curec.rank_all(args, Model(1, 1), logs, None, which)
+    assert report["recall@5"] == 1.0 and len(seen) == len(logs.judged)
+    for u, history in seen:
+        want = logs.sequence(u)[:logs.n_train[u] + (which == "test")][-args.max_history:] + 1
+        assert history[history > 0].tolist() == want.tolist()
+
+
+def test_the_reward_of_a_reason_depends_on_nothing_at_or_after_its_choice():
+    args, logs, texts, model = world()
+    u, p = np.array([3]), np.array([2])
+    i, extra = logs.item_at(u, p), torch.randn(1, 2, 8)
+    before, scores = model.judge(logs, texts, u, p, i, extra)
+    logs.sequence(3)[2:], logs.on_device = (logs.sequence(3)[2:] + 1) % len(logs.data.items), None
+    again, others = model.judge(logs, texts, u, p, i, extra)
+    assert torch.equal(before, again) and torch.equal(scores, others)
+    logs.sequence(3)[1], logs.on_device = (logs.sequence(3)[1] + 1) % len(logs.data.items), None
+    assert not torch.equal(before, model.judge(logs, texts, u, p, i, extra)[0])
+
+
+def test_the_reward_model_that_stays_is_the_one_that_validation_liked_best(tmp_path):
+    args = curec.Args(**SMALL | dict(features="ids", rm_epochs=6, rm_lr=0.05, run=str(tmp_path / "r")))
+    logs, run = curec.prepare(args), None
+    run = Run(args, "curec", "x")
+    texts = curec.Texts(len(logs.n_train), len(logs.data.items), 3, 8, "cpu")
+    model = curec.fit_or_load(args, run, logs, texts, torch.device("cpu"))
+    valid = [json.loads(line)["valid_ndcg10"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert max(valid) > valid[-1] and curec.rank_all(args, model, logs, texts, "valid")["ndcg@10"] == pytest.approx(max(valid), abs=1e-5)

@@ -260,7 +260,7 @@ def test_a_device_that_is_not_there_is_one_line():
 
 def test_gradients_are_averaged_over_two_processes(tmp_path):
     code = ("import sys, os; sys.path.insert(0, sys.argv[1])\nimport torch\nfrom common import cuda\n"
-            "rank, world = cuda.join()\n"
+            "rank, world = cuda.join(torch.device('cpu'))\n"
             "p, q = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))\n"
             "p.grad = torch.full((2,), float(rank + 1))\n"
             "if rank == 0: q.grad = torch.ones(1)\n"
