@@ -358,7 +358,7 @@ class CoCo(nn.Module):
         model, tokenizer = llm.load(args.backbone, rows.device, cuda.pick_dtype(args.dtype, rows.device))
         lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, 0.0, cuda.key_seed(args.seed, "lora") % 2**31)
         adapt(model, False)
-        self.__dict__["llm"], self.tokenizer, W = model, tokenizer, model.config.hidden_size
+        self.__dict__["llm"], self.tokenizer, W = model, tokenizer, llm.width(model)
         self.books = nn.ModuleList()
         self.soft = args.prompt in ("codebook", "mixture", "shared")
         texts, group = [args.static_prompt], np.zeros(len(rows.data.users), dtype=np.int64)
@@ -719,7 +719,7 @@ def train_prompts(args, run, model):
                 known[mask] = model.read(texts[mask], prompt[mask])
         loss, parts = loss_of(args, model, texts, known, terms)
         return loss, parts | extra
-    many = -(-len(rows.train_texts) // args.batch)
+    many = max(1, min(-(-len(rows.train_texts) // args.batch), len(rows.train_texts) // 2))    # two texts or more in each
     batches = lambda rng: torch.as_tensor(rng.permutation(rows.train_texts), device=rows.device).tensor_split(many)
     return epochs(args, run, model, "collaborate", args.epochs, batches, step, adam(args, model, args.joint),
                   lambda: valid_auc(model), adapter=args.joint)

@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit
-from common.run import Run, UserError, at_least, main, prefix, progress, strip, summarise, write_table
+from common.run import Run, UserError, at_least, is_run, main, prefix, progress, strip, summarise, write_table
 from common.sequences import Logs, bayes, popularity
 
 
@@ -1154,7 +1154,7 @@ def ablations(args):
             if args.variants and name not in args.variants:
                 continue
             folder = root / f"s{seed}" / re.sub(r"\W+", "-", name)
-            if args.overwrite and (folder / "args.json").exists():
+            if args.overwrite and is_run(folder):
                 shutil.rmtree(folder)
             now = dataclasses.replace(args, ablations=False, seeds=(), variants=(), seed=seed, run=str(folder), **change)
             print(f"\n=== {name}, seed {seed}", flush=True)

@@ -25,6 +25,7 @@ import zipfile
 import zlib
 from array import array
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -310,6 +311,24 @@ def clean(text, longest):
     return " ".join(text.split())[:longest].rstrip()
 
 
+def number(value, what):
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"the {what} {value!r} is no number") from None
+
+
+def seconds(value):
+    """A timestamp as it stands, or what an ISO date such as 2020-01-17T10:00:00Z is in seconds since 1970 (UTC unless it says)."""
+    if "-" not in value[1:]:
+        return value
+    try:
+        date = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
+    except ValueError:
+        return value
+    return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
+
+
 class Columns:
     """The growing result: interned ids and flat arrays, 20 bytes an interaction."""
 
@@ -319,7 +338,7 @@ class Columns:
 
     def add(self, user, item, rating, time):
         """Raises ValueError or TypeError on what is no interaction, and then has added nothing."""
-        rating, time = float(rating), float(time)
+        rating, time = number(rating, "rating"), number(time, "timestamp")
         if not -1e38 < rating < 1e38 or not -2**53 < time < 2**53:           # also false for nan
             raise ValueError("a rating or timestamp that is not a finite number of usual size")
         for raw, known in ((user, self.users), (item, self.items)):
@@ -362,7 +381,7 @@ def csv_rows(path, bad, needed, optional=(), one_line=True):
     if missing:
         shown = ",".join(header)[:200]
         raise UserError(f"{path}:1: the header {shown!r} has no column {', '.join(missing)}; "
-                        + ("save the file as UTF-8" if "\0" in shown else "the first line must name the columns"))
+                        + ("save the file as UTF-8, with line ends of today" if "\0" in shown or not shown else "the first line must name the columns"))
     if twice := sorted({c for c in (*needed, *optional) if header.count(c) > 1}):
         raise UserError(f"{path}:1: the header names {', '.join(twice)} twice; rename or remove one of them")
     pick = [header.index(c) if c in header else None for c in (*needed, *optional)]
@@ -447,7 +466,7 @@ def read_generic(folder, columns, bad):
         for number, (user, item, rating, time) in found:
             columns.has_ratings, columns.has_times = rating is not None, time is not None
             yield (number, user.strip(), item.strip(), 1 if rating is None else rating,
-                   0 if time is None else time)
+                   0 if time is None else seconds(time))
     path = first_of(folder, "interactions.csv")
     columns.extend(path, bad, rows())
     meta, path = {}, first_of(folder, "items.csv")
@@ -588,7 +607,8 @@ def read_folder(folder, name, max_bad_rows=0, cache_dir=None):
         columns, bad = Columns(), BadRows(max_bad_rows)
         meta, people = reader(folder, columns, bad)
         if not columns.user:
-            raise UserError(f"{folder}: there is no interaction in it; check that the files are whole")
+            skipped = f" ({bad.count} broken rows skipped, the first at {bad.first})" if bad.count else ""
+            raise UserError(f"{folder}: there is no interaction in it{skipped}; check that the files are whole")
         skipped = [f"{bad.count} broken rows skipped, the first at {bad.first}"] if bad.count else []
         data = assemble(columns, meta, people, skipped, name)
         to_cache(data, cached)

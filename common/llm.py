@@ -57,11 +57,14 @@ def load(name, device="cpu", dtype=torch.float32):
                                                            attn_implementation="sdpa", output_loading_info=True)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as problem:
-        raise UserError(f"--backbone {name}: cannot be loaded ({_first_line(problem)}); give a folder with "
-                        "config.json, tokenizer and model.safetensors, or a name and a network") from None
+    except Exception as problem:                                      # of many kinds: a folder may hold anything
+        what = ("give a folder with config.json, tokenizer and model.safetensors, or a name and a network" if isinstance(problem, OSError)
+                else "take another one; code of a checkpoint is never run")
+        raise UserError(f"--backbone {name}: cannot be loaded ({_first_line(problem)}); {what}") from None
     if missing := sorted(info["missing_keys"]):                       # transformers would go on with random numbers there
         raise UserError(f"--backbone {name}: its files lack {len(missing)} of the weights, such as {missing[0]}; get them anew")
+    if (most := max(tokenizer.get_vocab().values())) >= (rows := model.get_input_embeddings().weight.shape[0]):
+        raise UserError(f"--backbone {name}: its tokenizer has the token {most}, its model only {rows} embeddings; resize these, or take another one")
     model = model.to(device).eval().requires_grad_(False)
     check_backbone(model, name)
     return model, tokenizer
@@ -74,7 +77,8 @@ def check_backbone(model, name):
     Known offenders by their config, the others by trying: one packed row against plain passes. Both errors
     are relative, so that bf16's rounding (about 1 %) passes and another computation does not.
     """
-    config, window = model.config, getattr(model.config, "sliding_window", None)
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
     why = "models that rescale their logits are not supported"
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", 1) not in (1, None):
         raise UserError(f"--backbone {name}: {why}; take another one")
@@ -123,8 +127,11 @@ def _frame(tokenizer, system):
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": mark})
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                             date_string="26 Jul 2024")    # of Llama's templates: a prompt is the same on any day
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                 date_string="26 Jul 2024")    # of Llama's templates: a prompt is the same on any day
+        except Exception as problem:                                  # jinja's, or what the template raises
+            raise UserError(f"--backbone: its chat template fails ({_first_line(problem)}); take another one") from None
     else:
         text = (tokenizer.bos_token or "") + "\n".join(m["content"] for m in messages) + "\n"
     if text.count(mark) != 1:
@@ -242,7 +249,12 @@ def _pick(logits, uniform, temperature, greedy):
 
 
 def _positions(model):
-    return getattr(model.config, "max_position_embeddings", None) or float("inf")
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
+def width(model):
+    """Of the last hidden states, which some models project down before their head."""
+    return model.get_output_embeddings().weight.shape[1]
 
 
 def _check_length(model, n, what="a prompt"):
@@ -580,7 +592,7 @@ def encode(model, tokenizer, texts, batch_size=64, max_tokens=256, desc=None):
     empty = [(eos_ids(model, tokenizer) or [0])[0]]
     ids = [plain_ids(tokenizer, t)[:max_tokens] or empty for t in texts]
     order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
-    vectors = torch.zeros(len(ids), model.config.hidden_size, device=model.device)
+    vectors = torch.zeros(len(ids), width(model), device=model.device)
     for start in progress(range(0, len(ids), batch_size), desc, -(-len(ids) // batch_size)):
         part = order[start:start + batch_size]
         tokens, mask, _ = _right_padded([ids[k] for k in part], model.device)
@@ -598,12 +610,12 @@ class _ForkedCache:
 
     def update(self, keys, values, layer, *_, **__):
         before = self.layers[layer].keys, self.layers[layer].values                           # (B, heads, P, head_dim)
-        B, heads, P, D = before[0].shape
+        B, heads, P, _ = before[0].shape
         if self.buffers is None:
-            self.buffers = [keys.new_empty(B, self.R, heads, P + keys.shape[2], D) for _ in range(2)]
+            self.buffers = [x.new_empty(B, self.R, heads, P + x.shape[2], x.shape[3]) for x in (keys, values)]
         for buffer, old, new in zip(self.buffers, before, (keys, values)):
             buffer[..., :P, :] = old[:, None]
-            buffer[..., P:, :] = new.view(B, self.R, heads, -1, D)
+            buffer[..., P:, :] = new.view(B, self.R, heads, -1, new.shape[3])
         return [buffer.flatten(0, 1) for buffer in self.buffers]
 
     def get_seq_length(self, layer=0):

@@ -61,7 +61,8 @@ def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0
     if layers(model):
         raise ValueError("this model has LoRA layers already")
     head = model.get_output_embeddings()
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    plain = lambda m: isinstance(m, nn.Linear) and (type(m).forward is nn.Linear.forward or type(m).__name__ == "FalconLinear")   # a router is none
+    linear = {name: m for name, m in model.named_modules() if plain(m) and m is not head}
     if targets == "all-linear":
         chosen, missing = linear, [] if linear else [targets]
     else:
@@ -70,7 +71,7 @@ def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0
         missing = sorted(t for t, names in ends.items() if not names)
         chosen = {name: m for name, m in linear.items() if any(name in names for names in ends.values())}
     if missing or not chosen:
-        there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})) or "none"
+        there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})) or "none (GPT-2's Conv1D is not one)"
         raise UserError(f"--lora-targets {','.join(missing)}: no such linear layer; this model has {there}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)

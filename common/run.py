@@ -24,7 +24,7 @@ import typing
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -147,15 +147,20 @@ def at_least(args, least, names):
 
 def main(Args, train, doc, argv=None):
     """Run train(parse(...)). A user's mistake is one line on standard error and status 1, an interrupt status 130."""
+    for stream in (sys.stdout, sys.stderr):                                  # a terminal without λ shows ? instead of a traceback
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     args = parse(Args, doc, argv)
     Run.made.clear()
     try:
         try:
             train(args)
         except Exception:
-            for folder in filter(Path.is_dir, Run.made):                     # a run that got nowhere would be in the way of the next
-                if all(f.name in ("args.json", "header.json") or f.is_file() and not f.stat().st_size for f in folder.iterdir()):
-                    shutil.rmtree(folder)
+            for run in (r for r in Run.made if r.folder.is_dir()):           # a run that got nowhere would be in the way of the next
+                if all(f.name in ("args.json", "header.json") or f.is_file() and not f.stat().st_size for f in run.folder.iterdir()):
+                    shutil.rmtree(run.folder)
+                    if run.replaced and run.replaced.is_dir():
+                        run.replaced.rename(run.folder)
             raise
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -169,6 +174,9 @@ def main(Args, train, doc, argv=None):
     except torch.OutOfMemoryError as problem:
         print(f"error: out of device memory ({str(problem).splitlines()[0]}); lower the batch, the group or the "
               "token limits, or take a smaller --backbone", file=sys.stderr)
+        sys.exit(1)
+    except SafetensorError as problem:
+        print(f"error: a checkpoint could not be written ({str(problem).splitlines()[0]}); mend that, then --resume", file=sys.stderr)
         sys.exit(1)
     except OSError as problem:
         print(f"error: {problem.strerror or problem}: {problem.filename or 'file'}", file=sys.stderr)
@@ -260,6 +268,14 @@ def strip(tensors, word):
     return {name.removeprefix(word): t for name, t in tensors.items() if name.startswith(word)}
 
 
+def is_run(folder):
+    """Whether a folder's args.json was written by a Run."""
+    try:
+        return {"format", "data_fingerprint"} <= set(json.loads((Path(folder) / "args.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 class Run:
     """A run folder: args.json, metrics.jsonl, checkpoints NAME.safetensors, phases.json, result.json.
 
@@ -268,7 +284,7 @@ class Run:
     Raises UserError when the folder holds another run, or one with other settings.
     """
 
-    made = []                                                                # the folders that this process has begun
+    made = []                                                                # those that this process has begun
 
     def __init__(self, args, script, fingerprint, free=(), rank=0):
         self.args, self.script, self.clock, self.rank, self.since = args, script, None, rank, time.perf_counter()
@@ -282,9 +298,13 @@ class Run:
             torch.distributed.barrier()
             self.phases = self.read("phases.json")
             return
-        if args.overwrite and not args.resume and path.exists():             # only ever remove what is a run
-            shutil.rmtree(self.folder)
+        self.replaced = None
+        if args.overwrite and not args.resume and is_run(self.folder):        # kept aside until `header`: the new one may fail to start
+            self.replaced = self.folder.with_name(f"{self.folder.name}.replaced-{os.getpid()}")
+            self.folder.rename(self.replaced)
         if path.exists():
+            if not is_run(self.folder):
+                raise UserError(f"{path} is not of a run of ours; name another folder with --run")
             if not args.resume:
                 raise UserError(f"{self.folder} already holds a run; go on with --resume, start anew with --overwrite, "
                                 "or name another folder with --run")
@@ -296,7 +316,7 @@ class Run:
         elif self.folder.exists() and any(f.suffix != ".tmp" for f in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no run; name another folder with --run")
         if not path.exists():
-            Run.made.append(self.folder)
+            Run.made.append(self)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(identity, indent=1, sort_keys=True))
         self.phases = self.read("phases.json")
@@ -424,6 +444,9 @@ class Run:
         import transformers
         if self.rank > 0:
             return
+        if self.replaced:
+            shutil.rmtree(self.replaced)
+            self.replaced = None
         path = self.folder / "header.json"
         earlier = json.loads(path.read_text()) if path.exists() else {}
         facts = {"command": command_line(),

@@ -212,6 +212,15 @@ def test_without_timestamps_file_order_counts_and_time_is_the_place_in_the_histo
     assert rows_of(d) == [("a", "x", 1, 0), ("b", "y", 1, 0), ("a", "y", 1, 1), ("a", "z", 1, 2)]
 
 
+def test_dates_are_timestamps_and_what_is_none_is_named(tmp_path):
+    d = load(write(tmp_path / "x", interactions__csv="user,item,timestamp\nu,a,1970-01-02T00:00:01Z\nu,b,1970-01-01\nu,c,1970-01-02 01:00:00+01:00\n"))
+    assert rows_of(d) == [("u", "b", 1, 0), ("u", "c", 1, 86400), ("u", "a", 1, 86401)]
+    with pytest.raises(UserError, match="csv:2: the timestamp 'soon' is no number"):
+        load(write(tmp_path / "y", interactions__csv="user,item,timestamp\nu,a,soon\n"))
+    with pytest.raises(UserError, match="csv:2: the rating '' is no number"):
+        load(write(tmp_path / "z", interactions__csv="user,item,rating\nu,a,\n"))
+
+
 def test_ties_in_time_keep_the_order_of_the_file(tmp_path):
     rows = "".join(f"u,i{k},{k % 2}\n" for k in range(200))
     d = load(write(tmp_path / "x", interactions__csv="user,item,timestamp\n" + rows))

@@ -404,6 +404,9 @@ def test_a_backbone_that_would_score_wrongly_is_refused(name, other, match):
     ("Phi", {}),                                                           # its head has a bias
     ("GPTNeoX", {}),
     ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),                   # learned positions
+    ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),   # its head reads a projection
+    ("DeepseekV3", {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,   # values are narrower than keys
+                    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}),
 ])
 def test_other_families_sample_score_and_stop_alike(name, other):
     model, prompts = small(name, **other), ragged(3, 61)
@@ -411,6 +414,9 @@ def test_other_families_sample_score_and_stop_alike(name, other):
     out = llm.rollout(model, prompts, n=3, max_new_tokens=12, eos_ids=[5, 6, 7, 8], generator=seeded(4))
     got = llm.completion_logps(model, llm.pack(prompts, out.tokens, out.lengths)).logps
     assert torch.allclose(got, out.logps, atol=1e-4)
+    tails = [[7, 9], [11]]
+    want = torch.stack([model.get_decoder()(torch.tensor([p + tail])).last_hidden_state[0, -1] for p in prompts for tail in tails])
+    assert want.shape[1] == llm.width(model) and torch.allclose(llm.after_tails(model, prompts, [tails] * len(prompts)), want, atol=1e-4)
     want = torch.stack([model(torch.tensor([p])).logits[0, -1, [7, 9]] for p in prompts])
     assert torch.allclose(llm.next_token_logits(model, prompts, [7, 9]), want, atol=1e-4)
 

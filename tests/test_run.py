@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from common import cuda
 from common.run import Run, UserError, command_line, main, parse
@@ -68,8 +69,25 @@ def test_help_shows_groups_comments_and_defaults(capsys):
     assert "--limit N " in out and "--lr X " in out and "--weights X,... " in out and "[False]" not in out
 
 
+def test_overwriting_spares_what_is_not_ours_and_what_cannot_be_replaced(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "args.json").write_text('{"lr": 1}')
+    with pytest.raises(UserError, match="not of a run of ours"):
+        start(tmp_path / "mine", overwrite=True)
+    start(tmp_path / "r").save("c", {"a": torch.ones(1)}, {})
+
+    def fails(args):
+        Run(args, "t", "abc")
+        raise UserError("no such backbone")
+    with pytest.raises(SystemExit):
+        main(Args, fails, "", ["--run", str(tmp_path / "r"), "--overwrite"])
+    assert (tmp_path / "r" / "c.safetensors").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["mine", "r"]
+    start(tmp_path / "r", overwrite=True).header(device="cpu")
+    assert not (tmp_path / "r" / "c.safetensors").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["mine", "r"]
+
+
 @pytest.mark.parametrize("problem, status, words", [
-    (UserError("file:3: broken"), 1, "error: file:3: broken"), (KeyboardInterrupt(), 130, "--resume"),
+    (SafetensorError("I/O error: No space left"), 1, "could not be written"), (UserError("file:3: broken"), 1, "error: file:3: broken"), (KeyboardInterrupt(), 130, "--resume"),
     (OSError(28, "No space left on device", "x"), 1, "No space left"), (torch.OutOfMemoryError("CUDA"), 1, "lower")])
 def test_a_users_mistake_is_one_line_without_traceback(problem, status, words, capsys):
     def train(args):
