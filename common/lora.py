@@ -23,6 +23,22 @@ PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": F
          "fan_in_fan_out": False, "init_lora_weights": (True, False, "gaussian"), "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": []}
 
 
+class _Down(torch.autograd.Function):
+    """x A^T in A's fp32. Autograd would keep the fp32 copy of x, one per layer; this keeps x, which layers beside each other share:
+    a third less memory in a bf16 model."""
+
+    @staticmethod
+    def forward(ctx, x, A):
+        ctx.save_for_backward(x, A)
+        return x.to(A.dtype) @ A.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, A = ctx.saved_tensors
+        return ((g @ A).to(x.dtype) if ctx.needs_input_grad[0] else None,
+                g.flatten(0, -2).T @ x.flatten(0, -2).to(A.dtype) if ctx.needs_input_grad[1] else None)
+
+
 class LoRALinear(nn.Module):
     """A frozen nn.Linear of any dtype with a low-rank fp32 adapter: A (r, in), B (out, r)."""
 
@@ -39,7 +55,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled or self.merged:
             return y
-        low = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.T            # (..., r)
+        dropped = self.training and self.dropout.p > 0
+        low = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.T if dropped else _Down.apply(x, self.lora_A)     # (..., r)
         return (y + (low * self.scale) @ self.lora_B.T).to(y.dtype)            # added in fp32, rounded once
 
     def delta(self):
