@@ -13,10 +13,10 @@ EQUATIONS (u a user, x_u the text of the history, h_u the behavioural state, s(u
   [1] state       h_u = W [e_u; mean of e_j over the past]                                       -> CoCo.state
   [2] code        z_u = BatchNorm(W_q h_u), k = argmin |z_u - c_k|^2, value c_k, gradient to both:
                   c + (z - sg z)                                                                 -> Codebook
-  [3] prompt      P_u = reshape(W_p c) + words, O_u = LLM([P_u; x_u])                            -> CoCo.prompt, CoCo.read
-  [4] extraction  MLP(mean softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3)                        -> Extract
+  [3] prompt      P_u = words + size * reshape(W_p c), O_u = LLM([P_u; x_u])                            -> CoCo.prompt, CoCo.read
+  [4] extraction  MLP(mean softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3), P and O normalised    -> Extract
   [5] fusion      k_u = sigmoid(W_g [h; k]) k, h+ = h + k_u, s+ = CTR(h+) + <k_u, W_t t_i>       -> CoCo.score
-  [6] phase 2     L = rec(s+) + rec(s-) + |sg z - c|^2 + beta |z - sg c|^2, s- = CTR(h)          -> loss_of
+  [6] phase 2     L = rec(s+) + rec(s-) + mse(sg z, c) + beta mse(z, sg c), s- = CTR(h)          -> loss_of
   [7] rec         nce: -log softmax(s / tau) of the target among negatives; bce: 1:1             -> rec_loss
   [8] judge       M_u = 1 where rec(s+) > rec(s-) + margin, on the same negatives                -> contradicted
   [9] phase 4     as [6] with M k + (1 - M) sg k: no gradient to the LLM where M = 0             -> judged_loss
@@ -38,7 +38,8 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
   - The usual straight-through z + sg(c - z) gives the codes no gradient of the task: prompts would move by k-means only. [2]
     gives it to both sides; --vq ste and ema are the usual forms, to compare: on the toy world all three do alike.
   - <k_u, W_t t_i> in [5], t_i the LLM's vector of the item's text: knowledge about a user is of no use to a model whose items
-    are ids that the text never names. --no-match is the fusion of the state alone.
+    are ids that the text never names. --no-match is the fusion of the state alone. These texts hold the items' categories, which
+    the base model reads with --categories only: the ablation's "no LLM, categories" says what an LLM is worth beside them.
   - One text serves the next --text-every choices of its user: no text holds a choice that it is to predict, and the LLM
     reads a fifth as much.
   - rec(s-) in [6]: else the judge would compare a trained branch with one that is not.
@@ -144,7 +145,7 @@ class Args:
     # -- optimisation
     lr: float = 3e-3  # of the recommender, prompts and fusion
     lora_lr: float | None = None  # learning rate of the adapter (default 1e-4; 1e-3 for tiny); 0: phase 4 without it
-    weight_decay: float = 1e-6  # L2 of the recommender, added to the gradient as Adam has it
+    weight_decay: float = 1e-6  # L2 of all but the adapter, added to the gradient as Adam has it
     base_epochs: int = 4  # most epochs of phase 1
     epochs: int = 8  # most epochs of phase 2
     eliminate_epochs: int = 4  # most epochs of phase 4
@@ -167,8 +168,12 @@ class Args:
             raise ValueError("--tau and --lr must be positive, --static-prompt not empty")
         if self.recommender == "autoint" and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
-        if self.vq == "ema" and self.prompt in ("mixture", "shared"):
-            raise ValueError(f"--vq ema moves codes by who chooses them, and --prompt {self.prompt} chooses none; take --vq both")
+        if (self.vq != "both" or self.levels > 1) and self.prompt in ("mixture", "shared"):
+            raise ValueError(f"--prompt {self.prompt} chooses no code, so that --vq {self.vq} and --levels {self.levels} mean nothing there; leave them out")
+        if self.joint and self.align:
+            raise ValueError("--align is a term of phase 4, and --joint has none; leave one of them out")
+        if self.ablations and (self.prompt, self.judge, self.joint, self.vq) != ("codebook", "loss", False, "both"):
+            raise ValueError("--ablations sets --prompt, --judge, --joint and --vq itself; leave them out")
         if not 0 <= self.dropout < 1 or not 0 <= self.decay < 1 or not self.mlp:
             raise ValueError("--dropout and --decay must be in [0, 1), --mlp not empty")
         if unknown := set(self.variants) - set(VARIANTS):
@@ -659,7 +664,7 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
         steps, spent, waited = steps + len(todo), spent + time.perf_counter() - start, waited + 1
         value = valid()
         run.log(name, epoch + 1, most, **{k: float(sum(t[k] for t in totals)) / len(totals) for k in totals[0]}, valid_auc=value,
-                **({} if name == "base" else valid_usage(model)))
+                **({} if name == "base" else train_usage(model)))
         if value > best:
             best, waited, kept = value, 0, {k: v.clone() for k, v in now().items()}
         run.save(name, prefix("now/", now()) | prefix("best/", kept) | run.optimizer_tensors(optimizer),
@@ -668,7 +673,7 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
     return {"valid_auc": round(best, 4), "steps": steps}, spent
 
 
-def valid_usage(model):
+def train_usage(model):
     """Usage and perplexity of the codebook over the training texts."""
     if model.args.prompt != "codebook":
         return {}

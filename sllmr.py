@@ -31,9 +31,11 @@ DEVIATIONS AND CHOICES
     weights compete and rise where the LLM is easier to follow than on average. --gate budget keeps the mean and holds that of
     alpha near --budget. Both judge by pairs that the model is trained to follow, and a model can follow noise. --gate
     agreement (the default) sets a share of each user's scored items aside, learns alpha_uij as the probability that the model
-    orders a pair of these as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1), before the K
+    orders a pair of these (under dropout, as it trains) as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1), before the K
     are picked: an LLM that agrees no better than a coin gets nothing. The loss is their weighted mean. fixed never learns;
-    ones is the paper's "global"; truth, with --scorer oracle, knows where the scores are right: the most that a gate can know.
+    ones is the paper's "global"; truth, with --scorer oracle, knows where scores are right: pairs of two right scores have all
+    their weight, those of one right score half. --gate-init says what is believed at first: that the LLM knows more of cold
+    users, tail items and where the model is unsure. The ablation's "no prior" starts from nothing, "fixed" stays with it.
   - q is detached: else the model could lower the loss by being sure.
   - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K. m, K, M and N are not
     given: flags.
@@ -191,6 +193,8 @@ class Args:
             raise ValueError("--scorer file needs --scores FILE")
         if self.scores and self.scorer not in ("auto", "file"):
             raise ValueError(f"--scores is a file of scores, and --scorer {self.scorer} makes its own; leave one of them out")
+        if self.gate == "normalised" and self.reduction == "sum":
+            raise ValueError("--gate normalised is a mean by itself; leave --reduction sum out")
         at_least(self, 1, "dim mlp max_history prompt_history candidates pool pairs pair_users batch epochs patience rank_users api_parallel api_tries")
         at_least(self, 0, "lam lams margin gate_lr weight_decay scored_users tune_steps api_pause api_price budget budget_weight cold")
         if not self.api_base.startswith(("http://", "https://")):
@@ -640,6 +644,8 @@ class Scored:
         by_user = {}
         for (u, i), s in sorted((pair, s) for pair, s in table.items() if s is not None):
             by_user.setdefault(u, []).append((i, s))
+        if not by_user:
+            raise UserError("the LLM gave no score at all; nothing can be learned from it")
         M, device = max(map(len, by_user.values())), rows.device
         self.users = torch.tensor(list(by_user), device=device)
         self.items, self.scores = torch.zeros(len(by_user), M, dtype=torch.long), torch.zeros(len(by_user), M)
@@ -783,7 +789,7 @@ def fit(args, run, rows, scored, vectors):
             optimizer.step()
         now, waited = judge_rows(model, rows, rows.valid)["overall"], waited + 1
         alpha = {}
-        if used and args.llm_loss == "pairwise":
+        if used and args.llm_loss == "pairwise" and args.gate not in ("ones", "truth"):
             a, cold, tail = gate_view(args, model, scored)
             alpha = {f"alpha_{'cold' if c else 'warm'}_{'tail' if t else 'head'}": float(a[(cold == c) & (tail == t)].mean())
                      for c in (0, 1) for t in (0, 1) if ((cold == c) & (tail == t)).any()}
@@ -904,7 +910,9 @@ VARIANTS = {   # name: what changes
     "paper": {"llm_loss": "pairwise", "gate": "paper"},
     "normalised": {"llm_loss": "pairwise", "gate": "normalised"},
     "budget": {"llm_loss": "pairwise", "gate": "budget"},
+    "fixed": {"llm_loss": "pairwise", "gate": "fixed"},                                         # --gate-init as it is: what learning adds to it
     "agreement": {"llm_loss": "pairwise", "gate": "agreement"},
+    "no prior": {"llm_loss": "pairwise", "gate": "agreement", "gate_init": (0.0, 0.0, 0.0, 0.0)},
     "truth": {"llm_loss": "pairwise", "gate": "truth"},
 }
 WITHOUT_LAMBDA = ("none", "KAR")
@@ -915,7 +923,7 @@ def ablations(args):
     """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model on test, and
     (with matplotlib) gate.png: alpha per cell over the epochs. The same command again goes on where it stopped."""
     root = Path(args.run or f"runs/sllmr-ablations-{Path(args.data).name.replace(':', '-')}")
-    known = [name for name in VARIANTS if name != "truth" or args.data.startswith("toy") and args.scorer in ("auto", "oracle")]
+    known = [name for name in VARIANTS if name != "truth" or args.data.split(":")[0] == "toy" and not args.scores and args.scorer in ("auto", "oracle")]
     if "truth" in args.variants and "truth" not in known:
         raise UserError("--variants truth: where scores are right is only known of the toy world's own (--scorer oracle)")
     for seed in args.seeds or (args.seed,):

@@ -50,8 +50,8 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
                           "--variants 'codebook,shared,mixture,joint,mean pool,no match,ste,ema,no reset'", None),
     ("coco", "toy-misled", "--ablations --seeds 0,1,2 --data toy:300x600x15000:0.3 --epochs 6 "
                            "--variants 'no LLM,static,codebook,full,adapt all,no LoRA,judge all'", None),
-    ("coco", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --base-epochs 3 --epochs 3 --adapt all "
-                     "--variants 'no LLM,static,gender,age,codebook,full'", "pilot.png"),
+    ("coco", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --base-epochs 3 --epochs 3 "
+                     "--variants 'no LLM,static,gender,age,codebook,adapt all'", "pilot.png"),
     # last: it stops where wordllama, an optional package, is missing
     ("sllmr", "amazon-beauty-encoder", "--ablations --seeds 0,1,2 --data amazon-beauty --brand --scorer encoder --candidates 10 --extra 0.02 --lr 1e-2 "
                                        "--weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),

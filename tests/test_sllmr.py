@@ -581,7 +581,7 @@ def test_the_table_of_all_variants_is_printed_and_the_gates_are_drawn(tmp_path, 
     sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, flags)
     out = capsys.readouterr().out
     table = json.loads(out.strip().splitlines()[-1].removeprefix("RESULT "))["ablations"]
-    assert {row.split(", ")[1].split(" ")[0] for row in table} == set(sllmr.VARIANTS) and all(row["overall"]["std"] is not None for row in table.values())
+    assert {row.split(", ")[1].rpartition(" ")[0] for row in table} == set(sllmr.VARIANTS) and all(row["overall"]["std"] is not None for row in table.values())
     assert (tmp_path / "all" / "scores-s0" / "scores.jsonl").exists() and "mean ± std over 2 seeds" in out
 
 
