@@ -39,7 +39,7 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
     gives it to both sides; --vq ste and ema are the usual forms, to compare: on the toy world all three do alike.
   - <k_u, W_t t_i> in [5], t_i the LLM's vector of the item's text: knowledge about a user is of no use to a model whose items
     are ids that the text never names. --no-match is the fusion of the state alone. These texts hold the items' categories, which
-    the base model reads with --categories only: the ablation's "no LLM, categories" says what an LLM is worth beside them.
+    the base model reads with --categories only: the ablation's "no LLM but categories" says what an LLM is worth beside them.
   - One text serves the next --text-every choices of its user: no text holds a choice that it is to predict, and the LLM
     reads a fifth as much.
   - rec(s-) in [6]: else the judge would compare a trained branch with one that is not.
@@ -865,7 +865,7 @@ def show(result):
 # 10 --------------------------------------------------------------------------------------------------- compare
 VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the same)
     "no LLM": ({"prompt": "none", "base_epochs": 100, "patience": 6}, None),                  # until it gets no better
-    "no LLM, categories": ({"prompt": "none", "categories": True, "base_epochs": 100, "patience": 6}, None),
+    "no LLM but categories": ({"prompt": "none", "categories": True, "base_epochs": 100, "patience": 6}, None),
     "static": ({"prompt": "static", "judge": "off"}, None),
     "shared": ({"prompt": "shared", "judge": "off"}, None),
     "mixture": ({"prompt": "mixture", "judge": "off"}, None),
