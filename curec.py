@@ -172,11 +172,11 @@ class Args:
             raise ValueError("--random-reasons and --texts data need --no-correct: phase 4 would write anew")
         at_least(self, 1, "micro_batch align_steps align_prompts align_tokens text_tokens reasons max_reasons max_history rm_batch dim heads text_dim negatives "
                           "correct_batch correct_events llm_batch eval_prompts lora_rank rm_epochs rm_patience rm_valid_users top layers prompt_history")
-        at_least(self, 0, "min_interactions weights clip beta correct_lr_scale lora_alpha max_grad_norm weight_decay negative_power")
+        at_least(self, 0, "min_interactions weights clip beta correct_lr_scale lora_alpha weight_decay negative_power")
         if self.dim % self.heads:
             raise ValueError("--dim must be a multiple of --heads")
-        if self.temperature <= 0 or self.rm_lr <= 0 or (self.lr is not None and self.lr <= 0) or not 0 <= self.dropout < 1:
-            raise ValueError("--temperature, --lr and --rm-lr must be positive and --dropout in [0, 1)")
+        if self.temperature <= 0 or self.rm_lr <= 0 or self.max_grad_norm <= 0 or (self.lr is not None and self.lr <= 0) or not 0 <= self.dropout < 1:
+            raise ValueError("--temperature, --lr, --rm-lr and --max-grad-norm must be positive and --dropout in [0, 1)")
 
 
 # 3 ---------------------------------------------------------------------------------------------------- the reward model

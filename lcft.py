@@ -11,7 +11,7 @@ LCFT shows it both questions on the same context and pushes the two answer distr
 EQUATIONS (x+ and x- are the prompts with the two questions, P+ and P- the answers' distributions, y the answer)
   [1] host        CE = -log P(y | x+)                                          -> answer_loss
   [2] paper       L = CE - lambda min(KL(P+ || P-), cap)                       -> apart("paper")
-  [3] official    L = CE - lambda min(sum_t KL(sg P-_t || P+_t), cap)          -> apart("official"), train_pairs
+  [3] official    L = CE, a mean over the whole row of x+, - lambda min(sum_t KL(sg P-_t || P+_t), cap)          -> apart("official"), train_pairs
   [4] bounded     L = CE + lambda JSD(P+, P- with Yes and No swapped)          -> apart("swap")
                   L = CE - lambda JSD(P+, P-), at most ln 2 to be had          -> apart("jsd")
                   L = CE - lambda min(+-(s+ - s-), cap), + for a like          -> apart("hinge")
@@ -61,9 +61,10 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
 
 # 1 ---------------------------------------------------------------------------------------------------- imports
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ class Args:
     lam: float | None = None  # λ (default 1; with --kl official the code's 1e-4)
     lam_ramp: float = 0.0  # share of the steps over which λ (and --neg-ce) grows from 0 to its value
     cap: float | None = None  # nats of divergence beyond which more earns nothing (default: paper 10, official 10000, hinge 4)
-    neg_ce: float = 0.0  # weight of eq. 5, the cross-entropy of the flipped answer to the flipped question
+    neg_ce: float = 0.0  # weight of eq. 5, the cross-entropy of the flipped answer to the flipped question, in every stage
     ce: Literal["answer", "yes"] = "answer"  # CE of the answer over the vocabulary, or CoLLM's BCE on the logit of Yes alone
     kl_stages: Literal["lora", "map", "both"] = "both"  # with --host collm: which stages have the KL term
     # -- matrix factorisation (with --host collm)
@@ -146,13 +147,16 @@ class Args:
         if self.shots % 2:
             raise ValueError("--shots must be even: half likes, half dislikes")
         at_least(self, 1, "batch micro_batch steps eval_every patience eval_rows eval_batch lora_rank mf_dim mf_epochs")
-        at_least(self, 0, "prompt_history min_history shots warmup lora_alpha max_grad_norm lam neg_ce")
+        at_least(self, 0, "prompt_history min_history shots warmup lora_alpha lam neg_ce")
         if not 0 <= self.lam_ramp <= 1:
             raise ValueError("--lam-ramp must be in [0, 1]")
-        if not all(x is None or x > 0 for x in (self.cap, self.lr, self.mf_lr, self.map_lr)):
-            raise ValueError("--cap, --lr, --mf-lr and --map-lr must be positive")
-        if self.kl == "official" and (self.host == "collm" or self.ce == "yes"):
-            raise ValueError("--kl official is the released code's loss: TALLRec's, on the whole row; leave --host collm and --ce yes out")
+        if not all(x is None or x > 0 for x in (self.cap, self.lr, self.mf_lr, self.map_lr, self.max_grad_norm)):
+            raise ValueError("--cap, --lr, --mf-lr, --map-lr and --max-grad-norm must be positive")
+        official = "official" in chosen_variants(self.variants) if self.ablations else self.kl == "official"
+        if official and (self.host == "collm" or self.ce == "yes"):
+            raise ValueError("official is the released code's loss: TALLRec's, on the whole row; leave it, or --host collm and --ce yes, out")
+        if self.kl == "bounded" and not self.ablations and self.bound != "jsd" and self.kl_vocab == "full":
+            raise ValueError(f"--kl-vocab full: {self.bound} compares Yes and No; it needs --bound jsd, or --kl paper or official")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError("--lora-dropout must be in [0, 1)")
 
@@ -342,6 +346,16 @@ class Rows:
         return text + (f" (published: {published})" if published and not self.args.shots else "")
 
 
+class Answers(NamedTuple):
+    """Of a batch of pairs, after x+ and x- (the two columns): logits of Yes and No, logsumexp over the vocabulary and largest
+    logit, (B, 2) each; and their divergence, (B,)."""
+    yes: torch.Tensor
+    no: torch.Tensor
+    lse: torch.Tensor
+    top: torch.Tensor
+    far: torch.Tensor
+
+
 class Host:
     """The LLM with its adapter and, for CoLLM, the vectors and their mapping; and how rows become packed pairs."""
 
@@ -392,7 +406,7 @@ class Host:
         return self.ids if (self.args.kl_vocab or ("answers" if kind == "jsd" else "full")) == "answers" else None
 
     def look(self, rows, kind, cap, vectors=False):
-        """[6] (B, 9): logits of Yes and No, logsumexp and largest logit after x+, the same after x-, and the divergence."""
+        """[6] The Answers of these rows, from one pass."""
         packed, soft = self.pack(rows, vectors)
         hidden = llm.packed_hidden(self.model, packed, soft)
         last = llm.last_slots(packed).view(-1, 2)                                             # the answers' slots
@@ -404,7 +418,8 @@ class Host:
             answered = [x for z in (pos, neg) for x in (z[:, yes], z[:, no], z.logsumexp(-1), z.amax(-1))]
             return torch.stack([*answered, far], -1)
         label = torch.as_tensor(self.rows.label[rows], device=self.device)
-        return llm.over_logits(self.model, columns, hidden[last[:, 0]], hidden[last[:, 1]], beside=(label,), exact=self.ids)
+        seen = llm.over_logits(self.model, columns, hidden[last[:, 0]], hidden[last[:, 1]], beside=(label,), exact=self.ids)    # (B, 9)
+        return Answers(*seen[:, :8].view(-1, 2, 4).unbind(-1), seen[:, 8])
 
 
 def train_pairs(host, rows, kl, vectors=False, grown=1.0):
@@ -416,25 +431,24 @@ def train_pairs(host, rows, kl, vectors=False, grown=1.0):
     cap = args.cap or {"paper": 10.0, "official": 1e4, "hinge": 4.0}.get(kind, 1.0)
     lam = args.lam if args.lam is not None else (1e-4 if kl == "official" else 1.0)
     if kl == "official":                                         # [3]: the whole row, and all positions from the first difference on
-        packed, soft = host.pack(rows, vectors, whole=True)
-        scored = llm.completion_logps(host.model, packed, hidden=True, soft=soft)
+        packed, _ = host.pack(rows, whole=True)
+        scored = llm.completion_logps(host.model, packed, hidden=True)
         length = packed.valid.sum(-1).view(-1, 2)                                             # (B, 2)
         ce = -scored.logps.view(len(rows), 2, -1)[:, 0].sum(-1) / length[:, 0]
         same = (packed.tokens[0::2] == packed.tokens[1::2]).long().cumprod(1).sum(1)          # the common context says the same
-        last, both = llm.last_slots(packed).view(-1, 2), length.min(1).values - same
-        back = torch.arange(int(both.max()), device=host.device)                              # from the answer backwards
-        which = (back < both[:, None]).nonzero()[:, 0]
-        pos, neg = ((last[:, g, None] - back)[back < both[:, None]] for g in (0, 1))
+        last, n = llm.last_slots(packed).view(-1, 2), length.min(1).values - same
+        pair, back = (torch.arange(int(n.max()), device=host.device) < n[:, None]).nonzero(as_tuple=True)     # back: counted from the answer
+        pos, neg = (last[pair, g] - back for g in (0, 1))
         ids = host.compared(kind)
         each = llm.over_logits(host.model, lambda p, n: apart(p, n, "official", ids=ids), scored.hidden[pos], scored.hidden[neg])
-        far = each.new_zeros(len(rows)).index_add(0, which, each).clamp(max=cap)
+        far = each.new_zeros(len(rows)).index_add(0, pair, each).clamp(max=cap)
     else:
         seen = host.look(rows, kind, cap, vectors)
-        ce, far = answer_loss(seen[:, 0], seen[:, 1], seen[:, 2], label, args.ce), seen[:, 8]
+        ce, far = answer_loss(seen.yes[:, 0], seen.no[:, 0], seen.lse[:, 0], label, args.ce), seen.far
     loss, stats = ce - grown * lam * far, {"ce": ce, "apart": far}
     if args.neg_ce:                                              # [5]
         seen = host.look(rows, None, 1.0, vectors) if kl == "official" else seen
-        stats["neg_ce"] = answer_loss(seen[:, 4], seen[:, 5], seen[:, 6], 1 - label, args.ce)
+        stats["neg_ce"] = answer_loss(seen.yes[:, 1], seen.no[:, 1], seen.lse[:, 1], 1 - label, args.ce)
         loss = loss + grown * args.neg_ce * stats["neg_ce"]
     return loss, stats | {"loss": loss}
 
@@ -448,14 +462,11 @@ def ask(host, rows, vectors=False, desc=None):
     host.model.eval()
     shown = np.minimum(host.rows.place[rows], host.args.prompt_history)                       # titles in the prompt
     order, size = np.argsort(shown, kind="stable"), host.args.eval_batch
-    found = np.zeros((len(rows), 9))
-    for start in progress(range(0, len(rows), size), desc, -(-len(rows) // size)):
-        part = order[start:start + size]
-        found[part] = host.look(np.asarray(rows)[part], "jsd", 1.0, vectors).float().cpu().numpy()
-    yes, no, _, top = found[:, :8].reshape(-1, 2, 4).transpose(2, 1, 0)                       # (2, n) each
-    invalid = (top > np.maximum(yes, no)).mean(0)
-    gap = yes if host.args.ce == "yes" else yes - no
-    return {"gap": gap[0], "flipped": gap[1], "jsd": found[:, 8], "invalid": invalid}
+    parts = [host.look(np.asarray(rows)[order[start:start + size]], "jsd", 1.0, vectors)
+             for start in progress(range(0, len(rows), size), desc, -(-len(rows) // size))]
+    yes, no, _, top, jsd = (torch.cat(x).double().cpu().numpy()[np.argsort(order)] for x in zip(*parts))
+    gap = yes if host.args.ce == "yes" else yes - no                                          # (n, 2)
+    return {"gap": gap[:, 0], "flipped": gap[:, 1], "jsd": jsd, "invalid": (top > np.maximum(yes, no)).mean(1)}
 
 
 def sigmoid(x):
@@ -598,7 +609,7 @@ def train(args):
                f"{rows.label[rows.valid].mean():.2f} / {rows.label[rows.test].mean():.2f}",
                answers=", ".join(f"{w} = token {i}" for w, i in zip(args.answers, host.ids)))
     collm, result = args.host == "collm", {"script": "lcft", "data": rows.data.name, "backbone": args.backbone, "host": args.host,
-                                           "kl": args.kl, "neg_ce": args.neg_ce, "seed": args.seed}
+                                           "kl": args.kl, "bound": args.bound, "neg_ce": args.neg_ce, "seed": args.seed}
     if collm:
         if not run.done("mf"):
             run.finish("mf", train_mf(args, run, host))
@@ -656,13 +667,9 @@ def chosen_variants(variants):
     """--variants NAME or NAME:VALUE (none: all of VARIANTS) -> {name: list of values}. Raises ValueError."""
     found = {}
     for name, _, value in (v.partition(":") for v in variants or VARIANTS):
-        try:
-            values = [float(value)] if value else VARIANTS[name][2]
-        except (KeyError, ValueError):
-            values = [-1]
-        if name not in VARIANTS or not 0 <= values[0] < float("inf") or value and name == "off":
+        if name not in VARIANTS or value and (name == "off" or not re.fullmatch(r"\d+\.?\d*(e-?\d+)?", value)):
             raise ValueError(f"--variants {name}{value and ':' + value}: NAME or NAME:VALUE, NAME among {', '.join(VARIANTS)}; off has no value")
-        found.setdefault(name, []).extend(values)
+        found.setdefault(name, []).extend([float(value)] if value else VARIANTS[name][2])
     if "off" not in found:
         raise ValueError("--variants needs off among them: the others are measured against it")
     return found

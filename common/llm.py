@@ -519,10 +519,10 @@ def packed_hidden(model, packed, soft=None):
     return hidden.reshape(-1, hidden.shape[-1])[packed.source[packed.valid]]
 
 
-def completion_logps(model, packed, temperature=1.0, hidden=False, soft=None):
+def completion_logps(model, packed, temperature=1.0, hidden=False):
     """log pi(completion token | prompt, earlier tokens) -> Scored; differentiable in the adapters."""
     head = model.get_output_embeddings()
-    h = packed_hidden(model, packed, soft)
+    h = packed_hidden(model, packed)
     logps, entropy = _ChunkedLogp.apply(h, head.weight, head.bias, packed.labels[packed.valid], temperature)
     shape = packed.valid.shape
     return Scored(logps.new_zeros(shape).masked_scatter(packed.valid, logps),

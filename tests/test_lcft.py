@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import lcft
 from common import llm, lora
-from common.run import UserError
+from common.run import Run, UserError
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("paper", "official", "jsd", "hinge", "swap")
@@ -164,7 +164,7 @@ def test_a_packed_pair_gives_the_answers_of_two_separate_padded_passes(folder, t
         position = (mask.cumsum(1) - 1).clamp(min=0)
         logits = host.model(input_ids=torch.tensor([pad(x) for x in ids]), attention_mask=mask, position_ids=position).logits
         last = logits[torch.arange(len(ids)), [width - 1 if side == "left" else len(x) - 1 for x in ids]]
-        torch.testing.assert_close(seen[:, 4 * g:4 * g + 2], last[:, host.ids], atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.stack([seen.yes[:, g], seen.no[:, g]], 1), last[:, host.ids], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kl", ["paper", "official", "bounded", "off"])
@@ -201,7 +201,7 @@ def test_a_step_on_the_flipped_answer_makes_the_opposite_of_the_label_likelier(f
     host = double(make(folder, kl="off", neg_ce=1e3))
     rows, optimizer = host.rows.train[:6], torch.optim.SGD(lora.parameters(host.model), lr=1e-6)
     right = torch.as_tensor(1 - 2 * host.rows.label[rows])   # +1: the flipped question of a dislike wants Yes
-    gap = lambda: (seen := host.look(rows, None, 1.0))[:, 4] - seen[:, 5]
+    gap = lambda: (seen := host.look(rows, None, 1.0)).yes[:, 1] - seen.no[:, 1]
     before = (right * gap()).mean()
     lcft.train_pairs(host, rows, "off")[0].mean().backward()
     optimizer.step()
@@ -240,10 +240,10 @@ def test_collms_vectors_reach_the_answer_and_only_the_mapping_learns_in_its_stag
     loss.sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in host.mapping.parameters())
     assert all(p.grad is None for p in host.mf.parameters()) and all(p.grad is None for p in lora.parameters(host.model))
-    before = host.look(rows, None, 1.0, vectors=True)
+    before = host.look(rows, None, 1.0, vectors=True).yes
     with torch.no_grad():
         host.mf.item.weight.mul_(-3)
-    assert not torch.equal(before, host.look(rows, None, 1.0, vectors=True))
+    assert not torch.equal(before, host.look(rows, None, 1.0, vectors=True).yes)
 
 
 def test_an_embedded_slot_is_exactly_its_vector(folder):
@@ -418,8 +418,8 @@ def test_the_ablation_of_chosen_variants(folder, tmp_path, capsys):
 def test_with_collms_loss_the_score_is_the_logit_that_was_trained(folder):
     one, both = make(folder, ce="yes"), make(folder)
     seen = both.look(both.rows.test, None, 1.0)
-    np.testing.assert_allclose(lcft.ask(one, one.rows.test)["gap"], seen[:, 0].detach(), atol=1e-4)
-    np.testing.assert_allclose(lcft.ask(both, both.rows.test)["gap"], (seen[:, 0] - seen[:, 1]).detach(), atol=1e-4)
+    np.testing.assert_allclose(lcft.ask(one, one.rows.test)["gap"], seen.yes[:, 0].detach(), atol=1e-4)
+    np.testing.assert_allclose(lcft.ask(both, both.rows.test)["gap"], (seen.yes - seen.no)[:, 0].detach(), atol=1e-4)
 
 
 def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(folder, tmp_path):
@@ -436,3 +436,90 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(folder, tmp_
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert killed and run(*flags, "--run", str(tmp_path / "cut"), "--resume").stdout.splitlines()[-1] == want
+
+
+# ---------------------------------------------------------------------------------------------------- the stages, by hand
+def trained(folder, tmp_path, change=lambda host: None, **flags):
+    """The adapter after a few steps of stage 1, and the run's folder."""
+    host = make(folder, **{"kl": "bounded", "steps": 6, "batch": 8, "eval_every": 2, "eval_rows": 20, "warmup": 2, "run": str(tmp_path), **flags})
+    change(host)
+    part = (lambda: lora.state(host.model), lambda t: lora.load_state(host.model, t), lora.parameters(host.model))
+    lcft.stage(host.args, Run(host.args, "lcft", "x"), host, "lora", part, 2e-3, host.args.kl)
+    return torch.cat([p.data.flatten() for p in lora.parameters(host.model)])
+
+
+def test_training_reads_no_label_of_test_rows_and_parts_of_a_batch_do_not_matter(folder, tmp_path):
+    def other_test(host):
+        host.rows.label[host.rows.test] = 1 - host.rows.label[host.rows.test]
+    plain = trained(folder, tmp_path / "a")
+    assert torch.equal(plain, trained(folder, tmp_path / "b", other_test))
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
+    parts = trained(folder, tmp_path / "c", micro_batch=7)
+    far = lambda x: (x - plain).abs().mean()                 # Adam makes a step of every rounding error where there is no gradient
+    assert far(parts) < 0.01 * far(torch.cat([p.data.flatten() for p in lora.parameters(make(folder).model)]))
+
+
+def test_matrix_factorisation_reads_no_label_of_test_rows_and_keeps_its_best_epoch(folder, tmp_path):
+    found = []
+    for k in range(2):
+        torch.manual_seed(0)
+        host = make(folder, host="collm", mf_dim=4, run=str(tmp_path / f"r{k}"))
+        if k:
+            host.rows.label[host.rows.test] = 1 - host.rows.label[host.rows.test]
+        done = lcft.train_mf(host.args, Run(host.args, "lcft", "x"), host)
+        found.append(torch.cat([p.data.flatten() for p in host.mf.parameters()]))
+    assert torch.equal(*found)
+    valid = host.rows.valid
+    score = host.mf(torch.as_tensor(host.rows.user[valid]), torch.as_tensor(host.rows.item[valid])).detach().numpy()
+    assert lcft.metrics.auc(host.rows.label[valid], score) == pytest.approx(done["valid_auc"], abs=1e-4) and done["valid_auc"] > 0.5
+
+
+def test_the_rate_rises_to_its_value_and_falls_to_nearly_nothing(folder, tmp_path, monkeypatch):
+    rates = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step()
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    trained(folder, tmp_path / "r")
+    assert rates == pytest.approx([1e-3, 2e-3, 2e-3, 1.5e-3, 1e-3, 0.5e-3])
+
+
+def test_officials_cross_entropy_is_hugging_faces_loss_on_the_row_and_defaults_are_the_documented_ones(folder):
+    rows = slice(5, 9)
+    for kl, lam, cap in (("official", 1e-4, 1e4), ("paper", 1.0, 10.0)):
+        host = double(make(folder, kl=kl))
+        rows = host.rows.train[5:9]
+        loss, stats = lcft.train_pairs(host, rows, kl)
+        torch.testing.assert_close(loss, stats["ce"] - lam * stats["apart"])
+        assert stats["apart"].min() > 1e-6
+        host.args.cap = cap
+        assert torch.equal(lcft.train_pairs(host, rows, kl)[1]["apart"], stats["apart"])
+        for row, ce in zip(rows, stats["ce"]) if kl == "official" else ():
+            prompt = "".join(lcft.pair_prompts(*host.rows.before(row), host.rows.lines[host.rows.item[row]])[0])
+            ids = torch.tensor([[*llm.chat(host.tokenizer, prompt), host.ids[0 if host.rows.label[row] else 1]]])
+            assert ce.item() == pytest.approx(host.model(ids, labels=ids).loss.item(), abs=1e-5)
+
+
+def test_collms_slots_get_the_users_vector_and_then_the_titles(folder):
+    host = make(folder, host="collm", mf_dim=4)
+    rows = host.rows.train[:3]
+    user, item = host.mf.user.weight[host.rows.user[rows]], host.mf.item.weight[host.rows.item[rows]]
+    assert torch.equal(host.soft(rows), host.mapping(user, item)) and not torch.equal(host.mapping(user, item), host.mapping(item, user))
+
+
+@pytest.mark.parametrize("stages, kinds", [("lora", ["bounded", "off"]), ("map", ["off", "bounded"]), ("both", ["bounded", "bounded"])])
+def test_collms_stages_have_the_divergence_where_they_were_told_to(folder, tmp_path, monkeypatch, stages, kinds, judge=lcft.judge):
+    seen, judged = [], {}
+
+    def stage(args, run, host, name, part, lr, kl, vectors=False):
+        seen.append(kl)
+        run.save(name, {"best/" + k: v for k, v in part[0]().items()}, {})
+        return {"steps": 1, "valid_auc": 0.5}
+    monkeypatch.setattr(lcft, "stage", stage)
+    monkeypatch.setattr(lcft, "judge", lambda host, rows, vectors, desc: judged.update({desc.split()[1]: rows.tolist()}) or judge(host, rows, vectors))
+    flags = ["--data", str(folder), "--host", "collm", "--kl-stages", stages, "--mf-epochs", "1", "--prompt-history", "2", "--run", str(tmp_path / "r")]
+    lcft.main(lcft.Args, lcft.train, "", flags)
+    rows = lcft.Rows(lcft.Args(data=str(folder)))
+    assert seen == kinds and judged == {"valid": rows.valid.tolist(), "test": rows.test.tolist()}
