@@ -463,3 +463,68 @@ def test_groups_of_users_get_their_own_text(tmp_path, capsys):
     said = model.tokenizer.decode(list(llm.plain_ids(model.tokenizer, "This user's gender is F. What does this user like?")))
     near = (prompt[group == 0][0] @ model.llm.get_input_embeddings().weight.T - (model.llm.get_input_embeddings().weight ** 2).sum(1) / 2).argmax(-1)
     assert model.tokenizer.decode(near.tolist()).startswith(said)
+
+
+def test_a_user_is_judged_by_the_mean_of_all_choices_and_by_no_fewer_than_asked():
+    a, rows, model = built("--judge-least", "5", "--margin", "0.01")
+    texts = torch.as_tensor(rows.train_texts)
+    known, table, owner = coco.knowledge(model, texts), *rows.of_texts(texts)
+    model.eval()
+    with torch.no_grad():
+        worse = (coco.rec_loss(model.score(table, known[owner]), a.head, a.tau) - coco.rec_loss(model.score(table), a.head, a.tau)).numpy()
+    user = rows.text_user[texts].numpy()
+    want = {u: (user[owner.numpy()] == u).sum() >= 5 and worse[user[owner.numpy()] == u].mean() > 0.01 for u in set(user.tolist())}
+    found = coco.contradicted(a, model, texts, known)
+    assert found.tolist() == [bool(want[u]) for u in user.tolist()] and 0 < found.sum() < len(found)
+
+
+def test_in_one_phase_a_text_that_is_not_judged_gives_the_llm_no_gradient(tmp_path, monkeypatch):
+    a, rows, model = built("--joint", "--judge", "off", "--run", str(tmp_path / "r"))
+    monkeypatch.setattr(coco, "valid_auc", lambda model: 0.5)
+    before = lora.state(model.llm)
+    coco.train_prompts(a, coco.Run(a, "coco", "x"), model)
+    assert all(torch.equal(before[name], t) for name, t in lora.state(model.llm).items())
+
+
+def test_another_code_for_the_same_text_is_another_vector(tmp_path, monkeypatch):
+    a, rows, model = built("--run", str(tmp_path / "r"))
+    store, texts = coco.Store(coco.Run(a, "coco", "x"), model), torch.arange(6)
+    model.eval()
+    first, codes = store.get(texts)
+    assert torch.equal(store.get(texts)[0], first) and len(store.keys) <= 6
+    size = len(store.keys)
+    monkeypatch.setattr(model, "codes", lambda texts: codes + 1)
+    store.get(texts)
+    assert len(store.keys) == 2 * size
+
+
+def test_codes_of_several_levels_are_digits_of_one_number():
+    a, rows, model = built("--levels", "2")
+    model.eval().ctr.user.weight.data.normal_(std=9)             # users apart
+    texts = torch.arange(40)
+    z = model.to_query(model.state(rows.text_user[texts], rows.text_place[texts]))
+    first = ((z[:, None] - model.books[0].codes) ** 2).sum(-1).argmin(1)
+    second = ((z - model.books[0].codes[first])[:, None] - model.books[1].codes).pow(2).sum(-1).argmin(1)
+    assert torch.equal(model.codes(texts), 4 * first + second) and torch.equal(coco.first_level(model, texts), first) and len(set(second.tolist())) > 1
+
+
+def test_a_code_that_is_moved_forgets_what_it_was_the_average_of():
+    torch.manual_seed(0)
+    book = coco.Codebook(4, 3, "ema", dead=1, kmeans=False)
+    book.codes.data[3] = 1e3                                     # nobody chooses it
+    z = torch.randn(16, 3)
+    book(z)
+    moved = (z == book.codes[3]).all(1)
+    assert moved.sum() == 1 and torch.allclose(book.total[3] / book.size[3], z[moved][0])
+
+
+def test_phase_4_ends_with_what_it_began_with_where_no_epoch_is_better(tmp_path, monkeypatch):
+    a, rows, model = built("--judge", "all", "--eliminate-epochs", "2", "--run", str(tmp_path / "r"))
+    told = iter((0.6, 0.5, 0.4, 0.3))
+    monkeypatch.setattr(coco, "valid_auc", lambda model, *_: next(told))
+    model.adapted[:] = True
+    before = {k: v.clone() for k, v in (model.state_dict() | lora.state(model.llm)).items()}
+    known = coco.knowledge(model, torch.as_tensor(rows.train_texts))
+    report, _ = coco.eliminate(a, coco.Run(a, "coco", "x"), model, known, torch.ones(len(known), dtype=torch.bool))
+    now = model.state_dict() | lora.state(model.llm)
+    assert report["valid_auc"] == 0.6 and all(torch.equal(v, before[k]) for k, v in now.items())

@@ -1,5 +1,6 @@
 """sllmr.py: gate, pairs, losses, scorers, data counts, resume, bad input."""
 
+import dataclasses
 import http.server
 import json
 import math
@@ -590,3 +591,94 @@ def test_the_bins_of_the_gates_map_do_not_overlap():
     scored = types.SimpleNamespace(users=torch.arange(4), items=torch.tensor([[0, 1]] * 4), known=torch.ones(4, 2, dtype=torch.bool))
     found = sllmr.gate_map(rows, scored, np.arange(8) / 8, bins=2)
     assert found == {"history": ["1", "2–9"], "popularity": ["5–6"], "alpha": [[0.0625], [0.5625]]}
+
+
+# ------------------------------------------------------------------------------------------------- training, by hand
+def regularised(r, answer, **change):
+    """(scored, what was asked of the model, the model) after a backward pass of the regulariser over all users, whom the model
+    answers with answer(U, M)."""
+    args = dataclasses.replace(r.args, **change)
+    scored = sllmr.Scored(r, {(u, i): s for u, items, scores in sllmr.oracle(r, sllmr.candidates(r)) for i, s in zip(items, scores)})
+    model, asked = sllmr.Model(args, r), []
+    model.eval()
+
+    def forward(users, place, items):
+        asked.append((users, place, items, answer(items).requires_grad_()))
+        return asked[-1][-1]
+    model.forward = forward
+    sllmr.regulariser(args, model, scored, torch.arange(len(scored.users))).backward()
+    return scored, asked, model
+
+
+def noise(items):
+    return torch.randn(items.shape, generator=torch.Generator().manual_seed(3))
+
+
+def test_what_is_set_aside_teaches_the_gate_and_nothing_else_does():
+    r = rows(gate="agreement", pairs=10**6, gate_init=(1.0, 1.0, 1.0, 1.0))
+    scored, asked, model = regularised(r, noise)
+    (users, place, items, s), = asked
+    assert torch.equal(users, scored.users) and place.tolist() == [int(r.logs.n_train[u]) for u in users] and torch.equal(items, scored.items)
+    assert s.grad[~scored.aside].any() and not s.grad[scored.aside].any()
+    learned = model.gate.linear.weight.grad
+    _, _, again = regularised(r, lambda items: torch.where(scored.aside, noise(items), -noise(items)))      # q depends on |s| alone
+    assert learned.any() and torch.allclose(again.gate.linear.weight.grad, learned, atol=1e-6)
+
+
+def test_a_gate_that_trusts_no_pair_asks_for_nothing():
+    r = rows(gate="agreement", pairs=10**6, gate_init=(0.0, 0.0, 0.0, -1.0))
+    _, ((*_, s),), model = regularised(r, noise)
+    assert not s.grad.any()                                      # alpha below a half everywhere: no pair, not even reversed
+
+
+@pytest.mark.parametrize("oracle, more, less", [((0.0, 0.0, 1.0, 1.0), 0, 1), ((0.0, 1.0, 0.0, 1.0), 1, 0)])
+def test_from_nothing_the_gate_learns_whether_cold_users_or_tail_items_are_told_right(oracle, more, less):
+    """The model orders by the truth; where the scores are noise they agree by chance."""
+    r = rows(gate="agreement", oracle=oracle, gate_init=(0.0, 0.0, 0.0, 0.0), pairs=10**6)
+    scored = sllmr.Scored(r, {(u, i): s for u, items, scores in sllmr.oracle(r, sllmr.candidates(r)) for i, s in zip(items, scores)})
+    order = r.data.world.order(np.array([int(r.data.users[u][1:]) for u in scored.users.tolist()]))
+    number = np.array([int(name[1:]) for name in r.data.items])
+    truth = torch.as_tensor(np.take_along_axis(order, number[scored.items.numpy()], 1)).float()
+    model = sllmr.Model(r.args, r)
+    model.forward = lambda users, place, items: truth
+    optimizer = torch.optim.Adam(model.gate.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        sllmr.regulariser(r.args, model, scored, torch.arange(len(scored.users))).backward()
+        optimizer.step()
+    w = torch.cat([p.detach().flatten() for p in model.gate.parameters()])
+    assert w[more] > w[less] + 0.1
+
+
+def test_lambda_weighs_the_llms_loss_and_the_epoch_that_validation_likes_best_stays(tmp_path, monkeypatch):
+    told, seen, asked = iter((0.6, 0.5, 0.4)), [], []
+    r = rows(epochs=3, llm_loss="kd", lam=0.5, run=str(tmp_path / "r"), lr=1e-2)
+
+    def judged(model, rows, table):
+        asked.append(table)
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"overall": next(told)}
+    monkeypatch.setattr(sllmr, "judge_rows", judged)
+    scored = sllmr.Scored(r, {(u, i): s for u, items, scores in sllmr.oracle(r, sllmr.candidates(r)) for i, s in zip(items, scores)})
+    model, report = sllmr.fit(r.args, sllmr.Run(r.args, "sllmr", "x"), r, scored, None)
+    assert report["valid_auc"] == 0.6 and all(torch.equal(v, seen[0][k]) for k, v in model.state_dict().items())
+    assert any(not torch.equal(v, seen[1][k]) for k, v in model.state_dict().items()) and all(table is r.valid for table in asked)
+    losses = []
+    for lam in (0.5, 5.0):
+        told = iter((0.6, 0.5, 0.4))
+        args = dataclasses.replace(r.args, lam=lam, epochs=1, run=str(tmp_path / f"l{lam}"))
+        sllmr.fit(args, sllmr.Run(args, "sllmr", "x"), r, scored, None)
+        losses.append(json.loads((tmp_path / f"l{lam}" / "metrics.jsonl").read_text())["llm_loss"])
+    assert losses[1] < losses[0]                                 # the more it weighs, the further it falls
+
+
+def test_lambda_is_chosen_by_validation(tmp_path, monkeypatch, capsys):
+    def train(args, shared):
+        path = Path(args.run)
+        path.mkdir(parents=True)
+        (path / "header.json").write_text("{}")
+        (path / "result.json").write_text(json.dumps({"script": "sllmr", "test": {"overall": 1 - args.lam}}))
+        return {"valid": {"overall": args.lam}, "test": {"overall": 1 - args.lam}}
+    monkeypatch.setattr(sllmr, "train", train)
+    table = sllmr.ablations(sllmr.Args(data=TOY, ablations=True, variants=("KD",), lams=(0.1, 0.3), run=str(tmp_path / "a")))
+    assert set(table) == {"dcnv2, KD 0.3"}
