@@ -543,7 +543,7 @@ def misled(rows):
 
 # 8 ---------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def judge_rows(model, table, known=None):
+def evaluate_rows(model, table, known=None):
     """Targets against their negatives with what the LLM knows (n, D), or without -> {cell: AUC} and log-loss (negatives
     together weigh as much as the target). Cells: overall; on the toy world misled users and the rest; else the groups of
     every user field with at most 10 values."""
@@ -564,7 +564,7 @@ def judge_rows(model, table, known=None):
 
 
 @torch.no_grad()
-def judge_ranking(model, known=None):
+def evaluate_ranking(model, known=None):
     """Full ranking of the test target among all items that the user has not had: Recall and NDCG. known (n, D) of rows.test."""
     model.eval()
     rows, logs = model.rows, model.rows.logs
@@ -705,7 +705,7 @@ def train_base(args, run, model):
         loss = rec_loss(model.score(rows.train[:, batch]), args.head, args.tau).mean()
         return loss, {"loss": loss.detach()}
     batches = lambda rng: torch.as_tensor(rng.permutation(rows.train.shape[1]), device=rows.device).split(args.base_batch)
-    return epochs(args, run, model, "base", args.base_epochs, batches, step, adam(args, model), lambda: judge_rows(model, rows.valid)["overall"])
+    return epochs(args, run, model, "base", args.base_epochs, batches, step, adam(args, model), lambda: evaluate_rows(model, rows.valid)["overall"])
 
 
 def train_prompts(args, run, model):
@@ -733,7 +733,7 @@ def train_prompts(args, run, model):
 def valid_auc(model):
     """With what the LLM knows now."""
     texts, row = torch.unique(model.rows.valid[2], return_inverse=True)
-    return judge_rows(model, model.rows.valid, knowledge(model, texts)[row])["overall"]
+    return evaluate_rows(model, model.rows.valid, knowledge(model, texts)[row])["overall"]
 
 
 def eliminate(args, run, model, known, mask):
@@ -822,10 +822,10 @@ def train(args, shared=None):
         (known_valid, _), (known, _) = (store.get(table[2], "writing knowledge down") for table in (rows.valid, rows.test))
         if args.prompt == "codebook":
             result["codes"] = describe(run, model)
-    result["valid"], result["test"] = judge_rows(model, rows.valid, known_valid), judge_rows(model, rows.test, known)
+    result["valid"], result["test"] = evaluate_rows(model, rows.valid, known_valid), evaluate_rows(model, rows.test, known)
     if known is not None:
-        result["test_without_llm"] = judge_rows(model, rows.test)
-    result["ranking"] = judge_ranking(model, known)
+        result["test_without_llm"] = evaluate_rows(model, rows.test)
+    result["ranking"] = evaluate_ranking(model, known)
     run.finish("result", result)
     show(result)
     return run.result(result)
@@ -851,7 +851,7 @@ def describe(run, model):
 
 
 def show(result):
-    """The table a newcomer looks at."""
+    """Print the test figures beside their baselines."""
     print(f"\nprompt {result['prompt']}, judge {result['judge']}, head {result['head']}")
     print(f"{'AUC on test':22}{'':>10}{'same model, LLM off':>22}")
     for cell, value in result["test"].items():

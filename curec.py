@@ -333,7 +333,7 @@ class RewardModel(nn.Module):
                           for part in every.split(chunk)], 1)
 
     @torch.no_grad()
-    def judge(self, logs, texts, users, positions, items, extra):
+    def rewards(self, logs, texts, users, positions, items, extra):
         """[7] fp32 logits of each event's item: without a new reason (B,), and with each candidate reason (B, G)."""
         device, G = extra.device, extra.shape[1]
         history = logs.histories(users, positions, self.args.max_history).to(device)
@@ -562,7 +562,7 @@ def rank_all(args, model, logs, texts, which, limit=None):
     """Full ranking of the held-out item among all items the user has not had before. which: "valid" or "test"."""
     model.eval()
     device = next(model.parameters()).device
-    users = logs.judged if limit is None else logs.judged[::-(-len(logs.judged) // limit)]
+    users = logs.held_out if limit is None else logs.held_out[::-(-len(logs.held_out) // limit)]
     target = logs.n_train[users] + (which == "test")                                          # position of the target
     tables = model.tables(texts) if args.features != "ids" else None
     ranks, started = [], time.perf_counter()
@@ -576,7 +576,7 @@ def rank_all(args, model, logs, texts, which, limit=None):
 
 
 # phase 1 ------------------------------------------------------------------------------------------------------------
-def judge_alignment(policy, prompts, targets, desc):
+def evaluate_alignment(policy, prompts, targets, desc):
     """Greedy answers to held-out prompts -> {"format", "legal", "correct"}: rates."""
     texts = policy.write(prompts, policy.args.align_tokens, "judge", desc=desc)
     rates = np.mean([rule_rewards(t, policy.args.candidates, k) for t, k in zip(texts, targets)], axis=0)
@@ -592,7 +592,7 @@ def align(args, run, policy, logs):
     rank, world = cuda.join(policy.device)
 
     def held_out(offset):
-        users = np.random.default_rng([args.seed, 3]).permutation(logs.judged)[:args.eval_prompts]
+        users = np.random.default_rng([args.seed, 3]).permutation(logs.held_out)[:args.eval_prompts]
         return align_examples(logs, users, logs.n_train[users] + offset, args.candidates, args.seed + 11 * offset)
     saved = run.begin("align")
     if saved is None:
@@ -623,7 +623,7 @@ def align(args, run, policy, logs):
             continue
         run.log("align", step + 1, args.align_steps, **stats)
         if (step + 1) % 40 == 0 or step + 1 == args.align_steps:
-            rates = judge_alignment(policy, *valid, desc="align: validation")
+            rates = evaluate_alignment(policy, *valid, desc="align: validation")
             run.log("align-valid", step + 1, args.align_steps, **rates)
             if rates["correct"] >= best:
                 best, best_adapter = rates["correct"], lora.state(policy.model)
@@ -635,9 +635,9 @@ def align(args, run, policy, logs):
         return None
     test = held_out(1)
     with lora.disabled(policy.model):
-        before = judge_alignment(policy, *test, desc="align: test, before")
+        before = evaluate_alignment(policy, *test, desc="align: test, before")
     lora.load_state(policy.model, best_adapter)
-    after = judge_alignment(policy, *test, desc="align: test, after")
+    after = evaluate_alignment(policy, *test, desc="align: test, after")
     run.save("aligned", best_adapter, {})
     lora.save(policy.model, run.folder / "adapter", args.backbone)
     return {"before": before, "after": after, "chance": round(1 / args.candidates, 4)}
@@ -918,7 +918,7 @@ def correct(args, run, policy, logs, reward_model, texts):
         tokens, out, groups = policy.sample(prompts, args.text_tokens, ("correct", b))
         groups = [[clean_text(t) for t in group] for group in groups]
         flat = texts.whiten(encode([t for group in groups for t in group]), 1).view(len(u), args.group, -1)  # (B, G, K)
-        before, scores = reward_model.judge(logs, texts, u, p, i, flat)       # (B,), (B, G) fp32 logits
+        before, scores = reward_model.rewards(logs, texts, u, p, i, flat)       # (B,), (B, G) fp32 logits
         broken = torch.tensor([[not t for t in group] for group in groups], device=scores.device)
         rewards = torch.where(broken | out.truncated.to(scores.device), before[:, None] - 1.0, scores)
         stats = policy.step(tokens, out, rewards, reference=aligned,
@@ -959,7 +959,7 @@ def prepare(args):
     if args.users:
         data = datasets.sample_users(data, args.users, args.seed)
     logs = Logs(data, args.prompt_history)
-    if len(logs.judged) == 0 or logs.n_train.max() < 2:
+    if len(logs.held_out) == 0 or logs.n_train.max() < 2:
         raise UserError(f"--data {args.data}: no user has the 4 interactions that training, validation and test need")
     unseen = int(len(data.items) - np.diff(logs.bounds).max())
     if unseen < max(args.negatives, args.candidates - 1):
@@ -994,7 +994,7 @@ def train(args):
                f"{trainable:,} trainable" if words else "none (--features ids)",
                grpo=f"{args.align_steps} steps of {args.align_prompts} prompts x {args.group} completions")
     result = {"script": "curec", "data": logs.data.name, "backbone": args.backbone, "seed": args.seed,
-              "features": args.features, "users": len(logs.judged), "items": len(logs.data.items)}
+              "features": args.features, "users": len(logs.held_out), "items": len(logs.data.items)}
     texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, args.text_dim, device)
     if words and args.align and not run.done("align"):
         rates = align(args, run, policy, logs)
@@ -1032,7 +1032,7 @@ def train(args):
         result["attention_entropy"] = attention_entropy(args, model, logs, texts)
     if logs.data.world is not None and not args.min_rating:                                  # the world knows its own choices, all of them
         result["bayes_optimal"] = bayes(logs)
-    run.write_jsonl("examples", [explain(args, model, logs, texts, u, 3) for u in logs.judged[:20].tolist()])
+    run.write_jsonl("examples", [explain(args, model, logs, texts, u, 3) for u in logs.held_out[:20].tolist()])
     run.finish("result", result)
     show(result)
     return run.result(result)
@@ -1048,8 +1048,8 @@ def attention_entropy(args, model, logs, texts):
     """Is the attention on reasons peaked (0) or flat (1)? Entropy / log(number of keys) over test pairs, mean and 10 %
     and 90 % quantiles; "no reason" counts as a key."""
     device = next(model.parameters()).device
-    users = torch.as_tensor(logs.judged, device=device)
-    items = torch.as_tensor(logs.item_at(logs.judged, logs.n_train[logs.judged] + 1).astype(np.int64), device=device)[:, None]
+    users = torch.as_tensor(logs.held_out, device=device)
+    items = torch.as_tensor(logs.item_at(logs.held_out, logs.n_train[logs.held_out] + 1).astype(np.int64), device=device)[:, None]
     w = model.match(users, items + 1, texts, return_weights=True)[:, 0].mean(1)                # (B, 1 + M)
     n = (w > 0).sum(1)
     entropy = (-(w.clamp(min=1e-12).log() * w).sum(1) / n.clamp(min=2).float().log())[n > 1]
@@ -1060,7 +1060,7 @@ def attention_entropy(args, model, logs, texts):
 
 
 def show(result):
-    """The table a newcomer looks at."""
+    """Print the test figures beside their baselines."""
     rows = [("popularity", result["popularity"]), (f"CURec ({result['features']})", result["test"])]
     if "bayes_optimal" in result:
         rows.append(("Bayes-optimal (the toy world's truth)", result["bayes_optimal"]))

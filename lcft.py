@@ -492,7 +492,7 @@ def report(user, label, gap, flipped, invalid, jsd):
         "reliability": [[round(a, 4), round(b, 4), c] for a, b, c in curve]}
 
 
-def judge(host, rows, vectors=False, desc=None):
+def evaluate(host, rows, vectors=False, desc=None):
     found = ask(host, rows, vectors, desc)
     return report(host.rows.user[rows], host.rows.label[rows], **found), found
 
@@ -578,7 +578,7 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
         optimizer.step()
         totals.append({k: float(sum(p[k] for p in parts)) / size for k in parts[0]} | {"grad_norm": float(norm)})
         if done % args.eval_every == 0 or done == args.steps:
-            now, _ = judge(host, valid, vectors)
+            now, _ = evaluate(host, valid, vectors)
             means = {k: float(np.mean([t[k] for t in totals])) for k in totals[0]}
             run.log(name, done, args.steps, **means, **{f"valid_{k}": now[k] for k in ("auc", "contradiction", "soft_inconsistency", "ece")})
             totals, waited = [], waited + 1
@@ -634,7 +634,7 @@ def train(args):
         host.mapping.load_state_dict(strip(run.load("map")[0], "best/"))
         result["map"] = run.done("map")
     for name, index in (("valid", rows.valid), ("test", rows.test)):
-        result[name], found = judge(host, index, collm, f"judge {name}")
+        result[name], found = evaluate(host, index, collm, f"evaluate {name}")
     run.write_jsonl("contradictions", worst(rows, index, found))
     run.finish("result", result)
     show(result)
@@ -642,7 +642,7 @@ def train(args):
 
 
 def show(result):
-    """The table a newcomer looks at."""
+    """Print the test figures beside their baselines."""
     t = result["test"]
     print(f"\n{t['n']} test rows, {t['positives']:.0%} likes, host {result['host']}, --kl {result['kl']}")
     for name, key in (("AUC", "auc"), ("UAUC (users)", "uauc_user"), ("UAUC (impressions)", "uauc_impressions"), ("log-loss", "log_loss"),

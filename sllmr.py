@@ -787,7 +787,7 @@ def fit(args, run, rows, scored, vectors):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        now, waited = judge_rows(model, rows, rows.valid)["overall"], waited + 1
+        now, waited = evaluate_rows(model, rows, rows.valid)["overall"], waited + 1
         alpha = {}
         if used and args.llm_loss == "pairwise" and args.gate not in ("ones", "truth"):
             a, cold, tail = gate_view(args, model, scored)
@@ -805,7 +805,7 @@ def fit(args, run, rows, scored, vectors):
 
 # 8 ---------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def judge_rows(model, rows, table):
+def evaluate_rows(model, rows, table):
     """AUC over 1:1 rows: all; rows of cold users (|H| <= tau and < tau); rows on tail items; dense = neither cold nor tail."""
     model.eval()
     s = torch.cat([model(part[0], part[1], part[2:].T) for part in table.split(4096, 1)]).T.flatten().cpu().numpy()
@@ -817,11 +817,11 @@ def judge_rows(model, rows, table):
 
 
 @torch.no_grad()
-def judge_ranking(model, rows):
+def evaluate_ranking(model, rows):
     """Full ranking of the test target among all items that the user has not had before: mean AUC and NDCG@10, per cell."""
     model.eval()
     logs, n = rows.logs, len(rows.data.items)
-    users = logs.judged
+    users = logs.held_out
     if rows.args.rank_users < len(users):
         users = np.sort(np.random.default_rng([rows.args.seed, 71]).choice(users, rows.args.rank_users, replace=False))
     every, ranks, rivals = torch.arange(n, device=rows.device)[None], [], []
@@ -859,7 +859,7 @@ def train(args, shared=None):
     run.header(device=str(device), data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
                f"{len(rows.data.items):,} items", rows=f"train {2 * rows.train.shape[1]:,} (of a history of at most {args.cold}: "
                f"{2 * int((rows.train[1] <= args.cold).sum()):,}), valid {2 * rows.valid.shape[1]:,}, test {2 * rows.test.shape[1]:,}; "
-               f"cold users {rows.cold[rows.logs.judged].mean():.1%}, tail items {rows.tail.sum():,}")
+               f"cold users {rows.cold[rows.logs.held_out].mean():.1%}, tail items {rows.tail.sum():,}")
     scored, vectors = None, text_vectors(rows) if args.llm_loss == "kar" else None
     if args.llm_loss in ("pairwise", "pointwise", "kd"):
         table = score(args, shared or run.folder, rows)
@@ -872,8 +872,8 @@ def train(args, shared=None):
         model = Model(args, rows, vectors).to(device)
         model.load_state_dict(strip(run.load("train")[0], "best/"))
     result = {"script": "sllmr", "data": rows.data.name, "recommender": args.recommender, "llm_loss": args.llm_loss, "gate": args.gate,
-              "lam": args.lam, "seed": args.seed, "train": run.done("train"), "valid": judge_rows(model, rows, rows.valid),
-              "test": judge_rows(model, rows, rows.test), "ranking": judge_ranking(model, rows)}
+              "lam": args.lam, "seed": args.seed, "train": run.done("train"), "valid": evaluate_rows(model, rows, rows.valid),
+              "test": evaluate_rows(model, rows, rows.test), "ranking": evaluate_ranking(model, rows)}
     if scored is not None and args.llm_loss == "pairwise" and args.gate not in ("ones", "truth"):
         alpha, cold, tail = gate_view(args, model, scored)
         result["gate_map"] = gate_map(rows, scored, alpha)
@@ -888,7 +888,7 @@ def train(args, shared=None):
 
 
 def show(result):
-    """The table a newcomer looks at."""
+    """Print the test figures beside their baselines."""
     gate = f" with gate {result['gate']}" if result["llm_loss"] == "pairwise" else ""
     print(f"\n{result['recommender']}, LLM scores: {result['llm_loss']}{gate}")
     print(f"{'test':12}{'AUC, 1:1 rows':>16}{'AUC, full ranking':>20}{'NDCG@10':>10}")

@@ -34,7 +34,7 @@ class Logs:
         self.on_device = None                                                 # items and bounds, where they were last read
         length = np.diff(self.bounds)
         self.n_train = np.where(length >= 3, length - 2, length)
-        self.judged = np.flatnonzero(length >= 3)                             # users with a validation and test target
+        self.held_out = np.flatnonzero(length >= 3)                             # users with a validation and test target
 
     def sequence(self, u):
         return self.items[self.bounds[u]:self.bounds[u + 1]]
@@ -56,11 +56,11 @@ class Logs:
     def targets(self, name):
         """Choices to be predicted from at least one earlier one: (users, positions) of train, valid and test. UserError,
         naming the data, where a user's four choices are missing."""
-        if not len(self.judged) or self.n_train.max() < 2:
+        if not len(self.held_out) or self.n_train.max() < 2:
             raise UserError(f"--data {name}: no user has the 4 choices that training, validation and test need")
-        many, last = np.maximum(self.n_train - 1, 0), self.n_train[self.judged]
+        many, last = np.maximum(self.n_train - 1, 0), self.n_train[self.held_out]
         users, positions = np.repeat(np.arange(len(many)), many), np.concatenate([np.arange(1, k + 1) for k in many])
-        return (users, positions), (self.judged, last), (self.judged, last + 1)
+        return (users, positions), (self.held_out, last), (self.held_out, last + 1)
 
     def train_events(self):
         """(users, positions) of all training interactions in time order, ties by user: stable and total."""
@@ -112,7 +112,7 @@ def popularity(logs):
     """The baseline that knows nobody: items by how often they were chosen in training."""
     count = logs.item_counts().astype(float)
     ranks = []
-    for u in logs.judged[:, None]:                               # one by one: users times items may not fit into memory
+    for u in logs.held_out[:, None]:                               # one by one: users times items may not fit into memory
         end = logs.n_train[u] + 1
         ranks.append(metrics.ranks_of(count[None], logs.item_at(u, end), logs.had(u, end))[0])
     return metrics.ranking_report(np.array(ranks))
@@ -120,7 +120,7 @@ def popularity(logs):
 
 def bayes(logs):
     """The toy world's own next-item law as a ranker: nothing can do better on average."""
-    world, users = logs.data.world, logs.judged
+    world, users = logs.data.world, logs.held_out
     raw = np.array([int(logs.data.users[u][1:]) for u in users])
     length = np.diff(logs.bounds)[users]
     scores = world.p_next(raw, length - 1, length)[:, [int(i[1:]) for i in logs.data.items]]

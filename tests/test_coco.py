@@ -309,7 +309,7 @@ def test_the_epoch_that_does_best_on_validation_is_kept_and_test_rows_choose_not
         asked.append(table)
         seen.append({k: v.clone() for k, v in model.state_dict().items()})
         return {"overall": next(told)}
-    monkeypatch.setattr(coco, "judge_rows", judged)
+    monkeypatch.setattr(coco, "evaluate_rows", judged)
     run = coco.Run(a, "coco", "x")
     report, _ = coco.train_base(a, run, model)
     now = model.state_dict()
@@ -325,7 +325,7 @@ def test_both_evaluations_by_hand():
     guess = np.random.default_rng(0).random((len(rows.data.users), len(rows.data.items)))
     model.score = lambda table, known=None: torch.as_tensor(guess[table[0][:, None].numpy(), table[3:].T.numpy()])
     truth = rows.data.world.misled[[int(name[1:]) for name in rows.data.users]]
-    found = coco.judge_rows(model, rows.test)
+    found = coco.evaluate_rows(model, rows.test)
     for cell, inside in {"overall": lambda u: True, "misled": lambda u: truth[u], "rest": lambda u: not truth[u]}.items():
         table = [r for r in rows.test.T.tolist() if inside(r[0])]
         yes, no = [guess[r[0], r[3]] for r in table], [guess[r[0], i] for r in table for i in r[4:]]
@@ -335,7 +335,7 @@ def test_both_evaluations_by_hand():
         had = set(rows.logs.sequence(u)[:place].tolist())
         ranks.append(1 + sum(guess[u, i] > guess[u, target] for i in range(len(rows.data.items)) if i not in had))
     want = np.mean([1 / np.log2(1 + r) if r <= 10 else 0 for r in ranks])
-    assert coco.judge_ranking(model)["ndcg@10"] == pytest.approx(want, abs=1e-4)
+    assert coco.evaluate_ranking(model)["ndcg@10"] == pytest.approx(want, abs=1e-4)
 
 
 def test_trained_in_one_phase_the_adapter_learns_from_what_is_judged(tmp_path, monkeypatch):

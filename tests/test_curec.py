@@ -272,7 +272,7 @@ def test_a_list_of_reasons_replaces_the_authors_own_and_drops_the_oldest():
 def test_a_planted_reason_from_a_held_out_interaction_is_caught():
     args, logs, texts, model = world()
     texts.check_no_leak(logs)
-    u = int(logs.judged[0])
+    u = int(logs.held_out[0])
     texts.put_reason(int(logs.item_at(u, logs.n_train[u] + 1)), u, "planted", torch.zeros(8), "t")
     with pytest.raises(UserError, match="leak: the reason 'planted'"):
         texts.check_no_leak(logs)
@@ -297,7 +297,7 @@ def test_no_prompt_shows_the_item_it_asks_for_or_anything_after_it():
 
 def test_the_vectorised_histories_equal_slices():
     args, logs, texts, model = world()
-    u = logs.judged[:20]
+    u = logs.held_out[:20]
     p = logs.n_train[u]
     for row, x, y in zip(logs.histories(u, p, 6), u, p):
         want = (logs.sequence(x)[max(0, y - 6):y] + 1).tolist()
@@ -474,7 +474,7 @@ def test_alignment_weighs_the_rules_and_keeps_the_adapter_that_validation_likes_
     logs, given, marks, rates = curec.prepare(args), [], [], iter([0.9, 0.4, 0.5, 0.5])
     monkeypatch.setattr(curec, "rule_rewards", lambda *_: (1.0, 1.0, 0.0))
     monkeypatch.setattr(policy, "sample", lambda prompts, *_: ([], None, [["x"] * args.group for _ in prompts]))
-    monkeypatch.setattr(curec, "judge_alignment", lambda *_, **__: dict(format=1.0, legal=1.0, correct=next(rates)))
+    monkeypatch.setattr(curec, "evaluate_alignment", lambda *_, **__: dict(format=1.0, legal=1.0, correct=next(rates)))
 
     def step(tokens, out, rewards, lr_scale):
         given.append(rewards)
@@ -491,7 +491,7 @@ def hide_the_held_out(logs):
     """Make one item what everybody's two last choices are, and nobody's before; its line is a mark."""
     marked = int(logs.items[0])
     logs.items[logs.items == marked] = (marked + 1) % len(logs.data.items)
-    for u in logs.judged:
+    for u in logs.held_out:
         logs.sequence(u)[logs.n_train[u]:] = marked
     logs.lines[marked] = "HELD OUT"
 
@@ -541,7 +541,7 @@ def test_the_ranking_reads_what_came_before_its_target_and_nothing_else(which):
             seen.extend(zip(users.tolist(), history))
             return torch.nn.functional.one_hot(torch.as_tensor([logs.sequence(u)[logs.n_train[u] + (which == "test")] for u in users.tolist()]).long(), len(logs.data.items)).float()
     report = curec.rank_all(args, Model(1, 1), logs, None, which)
-    assert report["recall@5"] == 1.0 and len(seen) == len(logs.judged)
+    assert report["recall@5"] == 1.0 and len(seen) == len(logs.held_out)
     for u, history in seen:
         want = logs.sequence(u)[:logs.n_train[u] + (which == "test")][-args.max_history:] + 1
         assert history[history > 0].tolist() == want.tolist()
@@ -551,12 +551,12 @@ def test_the_reward_of_a_reason_depends_on_nothing_at_or_after_its_choice():
     args, logs, texts, model = world()
     u, p = np.array([3]), np.array([2])
     i, extra = logs.item_at(u, p), torch.randn(1, 2, 8)
-    before, scores = model.judge(logs, texts, u, p, i, extra)
+    before, scores = model.rewards(logs, texts, u, p, i, extra)
     logs.sequence(3)[2:], logs.on_device = (logs.sequence(3)[2:] + 1) % len(logs.data.items), None
-    again, others = model.judge(logs, texts, u, p, i, extra)
+    again, others = model.rewards(logs, texts, u, p, i, extra)
     assert torch.equal(before, again) and torch.equal(scores, others)
     logs.sequence(3)[1], logs.on_device = (logs.sequence(3)[1] + 1) % len(logs.data.items), None
-    assert not torch.equal(before, model.judge(logs, texts, u, p, i, extra)[0])
+    assert not torch.equal(before, model.rewards(logs, texts, u, p, i, extra)[0])
 
 
 def test_the_reward_model_that_stays_is_the_one_that_validation_liked_best(tmp_path):

@@ -510,7 +510,7 @@ def test_collms_slots_get_the_users_vector_and_then_the_titles(folder):
 
 
 @pytest.mark.parametrize("stages, kinds", [("lora", ["bounded", "off"]), ("map", ["off", "bounded"]), ("both", ["bounded", "bounded"])])
-def test_collms_stages_have_the_divergence_where_they_were_told_to(folder, tmp_path, monkeypatch, stages, kinds, judge=lcft.judge):
+def test_collms_stages_have_the_divergence_where_they_were_told_to(folder, tmp_path, monkeypatch, stages, kinds, evaluate=lcft.evaluate):
     seen, judged = [], {}
 
     def stage(args, run, host, name, part, lr, kl, vectors=False):
@@ -518,7 +518,7 @@ def test_collms_stages_have_the_divergence_where_they_were_told_to(folder, tmp_p
         run.save(name, {"best/" + k: v for k, v in part[0]().items()}, {})
         return {"steps": 1, "valid_auc": 0.5}
     monkeypatch.setattr(lcft, "stage", stage)
-    monkeypatch.setattr(lcft, "judge", lambda host, rows, vectors, desc: judged.update({desc.split()[1]: rows.tolist()}) or judge(host, rows, vectors))
+    monkeypatch.setattr(lcft, "evaluate", lambda host, rows, vectors, desc: judged.update({desc.split()[1]: rows.tolist()}) or evaluate(host, rows, vectors))
     flags = ["--data", str(folder), "--host", "collm", "--kl-stages", stages, "--mf-epochs", "1", "--prompt-history", "2", "--run", str(tmp_path / "r")]
     lcft.main(lcft.Args, lcft.train, "", flags)
     rows = lcft.Rows(lcft.Args(data=str(folder)))

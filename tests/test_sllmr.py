@@ -184,7 +184,7 @@ def test_a_row_reads_only_what_came_before_its_target_and_a_negative_to_judge_by
 
 def test_cold_users_are_made_where_asked_and_tail_counts_training_only():
     plain, starved = rows(cold_users=0.0), rows(cold_users=0.5)
-    assert plain.cold[plain.logs.judged].mean() < 0.1 and 0.35 < starved.cold[starved.logs.judged].mean() < 0.7
+    assert plain.cold[plain.logs.held_out].mean() < 0.1 and 0.35 < starved.cold[starved.logs.held_out].mean() < 0.7
     assert starved.very_cold.sum() < starved.cold.sum()
     count = np.zeros(len(plain.data.items))
     for u in range(len(plain.data.users)):
@@ -218,7 +218,7 @@ def test_scores_with_a_shared_history_equal_those_of_one_prompt_per_candidate():
     r = rows()
     model, tokenizer = llm.load("tiny")
     yes, no = (tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("Yes", "No"))
-    users = [int(u) for u in r.logs.judged[:3]]
+    users = [int(u) for u in r.logs.held_out[:3]]
     asked = [sllmr.ask(r, u, list(range(2 + 3 * k))) for k, u in enumerate(users)]
     shared = sllmr.score_shared(model, tokenizer, asked, yes, no)
     for prompts, got in zip(asked, shared):
@@ -262,7 +262,7 @@ def letters(monkeypatch):
 
 def test_the_encoder_scores_what_reads_like_the_past_higher_and_the_same_whatever_else_is_asked(letters, capsys):
     r = rows(prompt_history=1)
-    users = [int(u) for u in r.logs.judged[:5]]
+    users = [int(u) for u in r.logs.held_out[:5]]
     last = {u: int(r.logs.sequence(u)[r.logs.n_train[u] - 1]) for u in users}
     every = list(range(len(r.data.items)))
     found = {u: s for u, _, s in sllmr.by_encoder(r, {u: every for u in users})}
@@ -284,7 +284,7 @@ def test_the_brand_is_the_first_word_of_the_title_and_one_category_more(tmp_path
 
 def test_the_encoder_reads_no_validation_or_test_choice(letters):
     r = rows()
-    wanted = {int(u): list(range(10)) for u in r.logs.judged}
+    wanted = {int(u): list(range(10)) for u in r.logs.held_out}
     before = list(sllmr.by_encoder(r, wanted))
     for u in wanted:
         r.logs.sequence(u)[r.logs.n_train[u]:] = 0
@@ -295,9 +295,9 @@ def test_the_real_encoder_knows_which_texts_are_alike():
     pytest.importorskip("wordllama", reason="pip install wordllama")
     r = rows()
     r.logs.lines = [("a nail lacquer in red", "a robot fights in space")[i % 2] for i in range(len(r.data.items))]
-    for u in r.logs.judged:
+    for u in r.logs.held_out:
         r.logs.sequence(u)[:r.logs.n_train[u]] = 1
-    u = int(r.logs.judged[0])
+    u = int(r.logs.held_out[0])
     (_, _, (lacquer, robot)), = sllmr.by_encoder(r, {u: [2, 3]})
     assert lacquer < 0.5 < robot
 
@@ -502,13 +502,13 @@ def test_both_evaluations_by_hand_on_every_cell():
     cells = {"overall": lambda u, i: True, "cold": lambda u, i: targets[u] <= 3, "very_cold": lambda u, i: targets[u] < 3,
              "tail": lambda u, i: i in tail, "dense": lambda u, i: targets[u] > 3 and i not in tail}
 
-    found, negative = sllmr.judge_rows(model, r, r.test), dict(zip(r.test[0].tolist(), r.test[3].tolist()))
+    found, negative = sllmr.evaluate_rows(model, r, r.test), dict(zip(r.test[0].tolist(), r.test[3].tolist()))
     for cell, inside in cells.items():
         yes = [guess[u, sequences[u][-1]] for u in judged if inside(u, sequences[u][-1])]
         no = [guess[u, negative[u]] for u in judged if inside(u, negative[u])]
         assert found[cell] == pytest.approx(np.mean([a > b for a in yes for b in no]), abs=1e-6)
     asked.clear()
-    found = sllmr.judge_ranking(model, r)
+    found = sllmr.evaluate_ranking(model, r)
     assert asked == [(u, len(sequences[u]) - 1) for u in judged]                              # all that came before the target
     for cell, inside in cells.items():
         auc, ndcg = [], []
@@ -658,7 +658,7 @@ def test_lambda_weighs_the_llms_loss_and_the_epoch_that_validation_likes_best_st
         asked.append(table)
         seen.append({k: v.clone() for k, v in model.state_dict().items()})
         return {"overall": next(told)}
-    monkeypatch.setattr(sllmr, "judge_rows", judged)
+    monkeypatch.setattr(sllmr, "evaluate_rows", judged)
     scored = sllmr.Scored(r, {(u, i): s for u, items, scores in sllmr.oracle(r, sllmr.candidates(r)) for i, s in zip(items, scores)})
     model, report = sllmr.fit(r.args, sllmr.Run(r.args, "sllmr", "x"), r, scored, None)
     assert report["valid_auc"] == 0.6 and all(torch.equal(v, seen[0][k]) for k, v in model.state_dict().items())

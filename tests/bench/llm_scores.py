@@ -31,7 +31,7 @@ def main():
     rows = sllmr.Rows(sllmr.Args(data="toy"), torch.device("cpu"))
     model, tokenizer = llm.load("tiny")
     yes, no = (llm.single_token(tokenizer, word) for word in ("Yes", "No"))
-    asked = [sllmr.ask(rows, int(u), list(range(args.candidates))) for u in rows.logs.judged[:args.users]]
+    asked = [sllmr.ask(rows, int(u), list(range(args.candidates))) for u in rows.logs.held_out[:args.users]]
 
     def shared(_):
         return torch.cat([torch.cat(sllmr.score_shared(model, tokenizer, asked[k:k + 8], yes, no)) for k in range(0, len(asked), 8)])
