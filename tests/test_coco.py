@@ -466,16 +466,19 @@ def test_groups_of_users_get_their_own_text(tmp_path, capsys):
 
 
 def test_a_user_is_judged_by_the_mean_of_all_choices_and_by_no_fewer_than_asked():
-    a, rows, model = built("--judge-least", "5", "--margin", "0.01")
+    a, rows, model = built("--judge-least", "14", "--margin", "0")
     texts = torch.as_tensor(rows.train_texts)
     known, table, owner = coco.knowledge(model, texts), *rows.of_texts(texts)
     model.eval()
     with torch.no_grad():
         worse = (coco.rec_loss(model.score(table, known[owner]), a.head, a.tau) - coco.rec_loss(model.score(table), a.head, a.tau)).numpy()
     user = rows.text_user[texts].numpy()
-    want = {u: (user[owner.numpy()] == u).sum() >= 5 and worse[user[owner.numpy()] == u].mean() > 0.01 for u in set(user.tolist())}
+    want = {u: (user[owner.numpy()] == u).sum() >= 14 and worse[user[owner.numpy()] == u].mean() > 0 for u in set(user.tolist())}
     found = coco.contradicted(a, model, texts, known)
     assert found.tolist() == [bool(want[u]) for u in user.tolist()] and 0 < found.sum() < len(found)
+    a.margin = -10.0                                             # everybody who has enough
+    few = {u for u in want if (user[owner.numpy()] == u).sum() < 14}
+    assert coco.contradicted(a, model, texts, known).tolist() == [u not in few for u in user.tolist()] and few
 
 
 def test_in_one_phase_a_text_that_is_not_judged_gives_the_llm_no_gradient(tmp_path, monkeypatch):
