@@ -872,6 +872,7 @@ VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the s
     "gender": ({"prompt": "group:gender", "judge": "off"}, None),
     "age": ({"prompt": "group:age", "judge": "off"}, None),
     "codebook": ({"judge": "off"}, None),
+    "codebook and categories": ({"judge": "off", "categories": True}, None),
     "full": ({}, "codebook"),
     "adapt all": ({"adapt": "all"}, "codebook"),
     "no LoRA": ({"lora_lr": 0.0}, "codebook"),

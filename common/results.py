@@ -45,7 +45,7 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
     ("sllmr", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 1000 --cold-users 0.3 --candidates 10 --tune-steps 200 --prompt-history 5 --lr 1e-2 "
                       "--weight-decay 1e-5 --batch 1024 --dim 32 --rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
     ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
-                    "--variants 'no LLM,no LLM but categories,static,codebook,full,adapt all,no LoRA,judge all'", None),
+                    "--variants 'no LLM,no LLM but categories,static,codebook,codebook and categories,full,adapt all,no LoRA,judge all'", None),
     ("coco", "toy-parts", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
                           "--variants 'codebook,shared,mixture,joint,mean pool,no match,ste,ema,no reset'", None),
     ("coco", "toy-misled", "--ablations --seeds 0,1,2 --data toy:300x600x15000:0.3 --epochs 6 "
