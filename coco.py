@@ -199,7 +199,7 @@ class Rows:
         self.args, self.data, self.device, self.logs = args, data, device, Logs(data, args.prompt_history)
         logs = self.logs
         asked = logs.targets(args.data)
-        stands = [(u, p - (p - 1) % args.text_every) for u, p in asked]                       # a text stands for the next few
+        stands = [(u, p - (p - 1) % args.text_every) for u, p in asked]                       # a text is written every few choices, and serves the next
         pairs, number = np.unique(np.concatenate([np.stack(s) for s in stands], 1), axis=1, return_inverse=True)
         self.text_user, self.text_place = (torch.as_tensor(x.astype(np.int64), device=device) for x in pairs)
         number = np.split(number.ravel(), np.cumsum([len(u) for u, _ in asked])[:-1])
@@ -303,7 +303,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def learn(self, z, index):
-        """What is not learned by gradient: moving averages, and the dead codes' new life."""
+        """What is not learned by gradient: moving averages, and the restart of dead codes."""
         count = torch.bincount(index, minlength=len(self.codes))
         if self.gradient == "ema":
             self.size.lerp_(count.to(self.size.dtype), 1 - self.decay)
@@ -410,7 +410,8 @@ class CoCo(nn.Module):
             for level, book in enumerate(self.books):
                 c, chosen, term = book(left)
                 c = c - (left - left.detach()) if level else c   # the task's gradient goes to the state once
-                value, index, terms, left = value + c, index * len(book.codes) + chosen, terms + term, left - c.detach()
+                value, left = value + c, left - c.detach()
+                index, terms = index * len(book.codes) + chosen, terms + term                # levels are digits
         return self.words[0] + self.scale * self.to_prompt(value).view(len(texts), self.m, -1), index, terms
 
     @torch.no_grad()

@@ -204,11 +204,11 @@ class RewardModel(nn.Module):
         self.first = nn.Linear(4 * D, 64)                        # MLP on [u; z; u * z; DIN(z, H)]
         self.rest = nn.Sequential(nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
         self.bias = nn.Embedding(n_items + 1, 1, padding_idx=0)
-        nn.init.zeros_(self.rest[-1].weight)                     # at the start the score is the popularity (see look_at)
+        nn.init.zeros_(self.rest[-1].weight)                     # at the start the score is the popularity (see set_priors)
         self.drop = nn.Dropout(args.dropout)
         self.register_buffer("told", torch.zeros(n_items))
 
-    def look_at(self, texts, logs):
+    def set_priors(self, texts, logs):
         """Set what is known before training. The item bias starts at the log of the training popularity: that is what
         BCE against uniform negatives converges to first. told: the share of an item's training users who wrote one of
         its reasons, which is how often a positive has a masked one (see match)."""
@@ -248,10 +248,10 @@ class RewardModel(nn.Module):
             lot = torch.rand(author.shape, device=author.device).masked_fill(author < 0, -1.0)
             drawn = (lot == lot.amax(-1, keepdim=True)) & (torch.rand(B, C, 1, device=lot.device) < self.told[index][..., None])
             hidden = hidden | drawn
-        first = [p.expand(B, C, 1, D) for p in (self.no_reason_key, self.no_reason_value)]
-        last = [] if extra is None else [f(extra)[:, :, None] for f in (self.key, self.value)]
-        keys = torch.cat([first[0], keys, *last[:1]], 2)
-        values = torch.cat([first[1], values, *last[1:]], 2)                                 # (B, C, 1 + M (+ 1), D)
+        keys, values = [self.no_reason_key.expand(B, C, 1, D), keys], [self.no_reason_value.expand(B, C, 1, D), values]
+        if extra is not None:
+            keys, values = [*keys, self.key(extra)[:, :, None]], [*values, self.value(extra)[:, :, None]]
+        keys, values = torch.cat(keys, 2), torch.cat(values, 2)                              # (B, C, 1 + M (+ 1), D)
         hidden = F.pad(hidden, (1, 0 if extra is None else 1), value=False)
         split = lambda x: x.view(B, C, -1, heads, D // heads).transpose(2, 3)                # (B, C, heads, ., D/heads)
         logits = (split(keys) @ q)[..., 0] / math.sqrt(D // heads)                           # (B, C, heads, .)
@@ -800,7 +800,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     """
     torch.manual_seed(args.seed)
     model = RewardModel(args, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device)
-    model.look_at(texts, logs)
+    model.set_priors(texts, logs)
     decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "bias" not in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim > 1 and "bias" not in n)]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
@@ -808,7 +808,6 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     L = args.max_history
     weights, seen = (logs.item_counts() + 1.0) ** args.negative_power, logs.train_keys()
     log_q = torch.as_tensor(np.log(weights / weights.mean()), dtype=torch.float32, device=device)
-    # A user's training sequence is cut into windows of L targets; the cut moves from epoch to epoch.
     saved, first, best, best_epoch, stale = run.begin(name), 0, -1.0, 0, 0
     best_model = {k: v.clone() for k, v in model.state_dict().items()}
     if saved is not None:
@@ -821,6 +820,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
         if stale >= args.rm_patience:
             break
         model.train()
+        # windows of L targets of a user's training sequence, cut elsewhere in each epoch
         batches = logs.windows(L, args.rm_batch, np.random.default_rng([args.seed, 19, epoch]))
         total, count = {"loss": 0.0, "grad_norm": 0.0}, len(batches)
         for s, (u, start, end) in enumerate(progress(batches, f"reward model, epoch {epoch + 1}", count)):
@@ -829,7 +829,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
             others = datasets.negatives(logs.data, u, args.negatives, cuda.key_seed(args.seed, "neg", epoch, s) % 2**31,
                                         seen, weights if args.negative_power else None)
             others = torch.as_tensor(others, device=device).long()
-            lr = args.rm_lr * min((epoch * count + s + 1) / 100, 1.02 - (epoch + s / count) / args.rm_epochs)
+            lr = args.rm_lr * min((epoch * count + s + 1) / 100, 1.02 - (epoch + s / count) / args.rm_epochs)    # 100 steps up, then down to 2 %
             for group in optimizer.param_groups:
                 group["lr"] = lr
             positive, negative = model.forward_all_times(torch.as_tensor(u, device=device), sequence, others + 1, texts)

@@ -593,9 +593,9 @@ def uncertainty(logit, kind="maxprob", draws=None):
 
 
 def pick_pairs(scores, known, most, weight=1.0, pick="largest"):
-    """[3] scores, known (U, M) -> (user row, i, j), each (P,), at most `most`: the largest gaps of LLM scores (times a weight
-    (U, M, M)) of all users, or of each user most / U, but at least one, at random among those whose gap (times weight) is not 0;
-    both items of one user, the better first. Ties and missing scores make no pair."""
+    """[3] Pairs (user row, i, j), each (P,), at most `most`, the item that the LLM scores higher first. scores, known (U, M);
+    weight (U, M, M) scales the gaps. largest: the largest gaps of all users. sample: most / U (at least 1) random pairs of each
+    user. Ties and unknown scores make no pair."""
     M = scores.shape[1]
     gap = (scores[:, :, None] - scores[:, None, :]).masked_fill(~(known[:, :, None] & known[:, None, :]), 0)
     gap = (gap * weight).view(1, -1)
@@ -617,7 +617,7 @@ def pair_loss(s, alpha, pairs, margin=1.0, gate="paper", reduction="mean", budge
     if gate in ("agreement", "truth"):                           # a weighted mean, which fades out where hardly a pair has weight
         a = (2 * a.detach() - 1).clamp(min=0)
         return (a * hinge).sum() / (1.0 if reduction == "sum" else a.sum().clamp(min=0.1 * len(a)))
-    a = {"ones": torch.ones_like(a), "fixed": a.detach()}.get(gate, a)
+    a = torch.ones_like(a) if gate == "ones" else a.detach() if gate == "fixed" else a
     loss = (a * hinge).sum() if reduction == "sum" else (a * hinge).mean()
     return loss + budget[1] * (a.mean() - budget[0]) ** 2 if gate == "budget" else loss
 

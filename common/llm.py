@@ -625,8 +625,8 @@ class _ForkedCache:
 @torch.no_grad()
 def after_tails(model, prefixes, tails):
     """Last hidden states (N, D) of prefix b + each of tails[b], in order: B lists of token ids, B lists of such lists. A prefix
-    runs once. Then its tails stand side by side, in rows about half as long as the prefix, which read its keys: with a row for each,
-    copies of these would cost the time; with one row for all, tails would look in vain at the others'."""
+    runs once. Its tails then share rows about half as long as the prefix: one row per tail would copy the prefix's keys too often,
+    one row for all would waste attention on other tails."""
     tokens, real, lengths = _right_padded(prefixes, model.device)
     prefix = DynamicCache(config=model.config)
     model.get_decoder()(input_ids=tokens, attention_mask=real.long(), past_key_values=prefix, use_cache=True)

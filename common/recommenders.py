@@ -162,9 +162,9 @@ class CTR(nn.Module):
             nn.init.zeros_(table.weight)
         self.unit = AttentionUnit(self.kinds * dim) if kind == "din" else None
         self.fm = FM() if kind == "deepfm" else None
-        self.cross, crossed = {"xdeepfm": lambda: (CIN(n_fields, (100, 100)), 200), "autoint": lambda: (InteractingLayer(dim), width),
-                               "dcn": lambda: (CrossNet(width, 3, False), width), "dcnv2": lambda: (CrossNet(width, 2, True), width),
-                               }.get(kind, lambda: (None, 0))()
+        self.cross = (CIN(n_fields, (100, 100)) if kind == "xdeepfm" else InteractingLayer(dim) if kind == "autoint" else
+                      CrossNet(width, 3, False) if kind == "dcn" else CrossNet(width, 2, True) if kind == "dcnv2" else None)
+        crossed = 0 if self.cross is None else 200 if kind == "xdeepfm" else width
         sizes = [width + extra, *hidden]
         self.mlp = nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:])
                                    for layer in (nn.Linear(a, b), nn.ReLU(inplace=True), nn.Dropout(dropout))])

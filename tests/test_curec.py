@@ -336,7 +336,7 @@ def test_a_masked_reason_is_as_frequent_among_negatives_as_among_positives(dealt
     args, logs, texts, model = world()
     if dealt:                                                     # --random-reasons: hardly an author is a user of the item
         texts.deal_out(np.random.default_rng(0))
-    model.look_at(texts, logs)
+    model.set_priors(texts, logs)
     users, positions = logs.train_events()
     items = logs.item_at(users, positions)
     for i in [k for k in range(1, len(texts.reason)) if texts.reason[k]][:5]:
