@@ -456,8 +456,8 @@ def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k
 
 def recommendation_loss(positive, negative, kind="softmax", log_q=None):
     """Of an interaction against K unseen items: positive (B, L), negative (B, L, K) logits -> (B, L).
-    log_q ((B, L), (B, 1, K)): how likely the sampler draws each; without it, all alike. Subtracted, it makes the
-    softmax over a sample estimate the softmax over the catalogue (Bengio and Senecal 2003).
+    log_q ((B, L), (B, 1, K)): how likely the sampler draws each; without it, all alike. Subtracted from both, as in training, it
+    makes the optimum that of the softmax over the catalogue, whatever the sampler (Bengio and Senecal 2003).
 
     The paper does not name its loss. softmax: -log of the positive's share among the 1 + K, which puts the weight on
     the negatives that rank high. bce: the mean binary cross-entropy of the 1 + K labels.

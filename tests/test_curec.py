@@ -330,6 +330,23 @@ def test_a_sample_drawn_by_popularity_estimates_the_softmax_over_the_catalogue()
     assert abs(curec.recommendation_loss(logits[..., 0], logits[0, :, drawn[0]][:, None]).item() - want.item()) > 1
 
 
+def test_corrected_for_the_sampler_on_both_sides_the_optimum_is_what_people_choose():
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.rand(5, generator=g).double().softmax(0) for _ in range(2))
+    i, j = torch.cartesian_prod(torch.arange(5), torch.arange(5)).T              # every positive with every negative
+    theta = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=200, tolerance_grad=1e-12)
+
+    def loss():
+        optimizer.zero_grad()
+        each = curec.recommendation_loss(theta[i][:, None], theta[j][:, None, None], "softmax", (q.log()[i][:, None], q.log()[j][:, None, None]))
+        total = (p[i] * q[j] * each[:, 0]).sum()
+        total.backward()
+        return total
+    optimizer.step(loss)
+    assert torch.allclose(theta.detach().softmax(0), p, atol=1e-6)
+
+
 @pytest.mark.parametrize("dealt", [False, True])
 def test_a_masked_reason_is_as_frequent_among_negatives_as_among_positives(dealt):
     """Or the gap in the list would tell the label that the masked reason may not tell."""
