@@ -335,7 +335,7 @@ def test_corrected_for_the_sampler_on_both_sides_the_optimum_is_what_people_choo
     p, q = (torch.rand(5, generator=g).double().softmax(0) for _ in range(2))
     i, j = torch.cartesian_prod(torch.arange(5), torch.arange(5)).T              # every positive with every negative
     theta = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([theta], max_iter=200, tolerance_grad=1e-12)
+    optimizer = torch.optim.LBFGS([theta], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
