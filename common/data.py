@@ -381,7 +381,7 @@ def csv_rows(path, bad, needed, optional=(), one_line=True):
     if missing:
         shown = ",".join(header)[:200]
         raise UserError(f"{path}:1: the header {shown!r} has no column {', '.join(missing)}; "
-                        + ("save the file as UTF-8, with line ends of today" if "\0" in shown or not shown else "the first line must name the columns"))
+                        + ("save the file as UTF-8, each line ended by a line feed" if "\0" in shown or not shown else "the first line must name the columns"))
     if twice := sorted({c for c in (*needed, *optional) if header.count(c) > 1}):
         raise UserError(f"{path}:1: the header names {', '.join(twice)} twice; rename or remove one of them")
     pick = [header.index(c) if c in header else None for c in (*needed, *optional)]

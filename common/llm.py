@@ -36,7 +36,7 @@ logging.get_logger("huggingface_hub").setLevel(logging.ERROR)         # each of 
 
 # --------------------------------------------------------------------------------------------- load, tokenise
 def is_bundled(name):
-    return name == "tiny" or Path(name).resolve() == TINY
+    return name == "tiny" or Path(name).resolve() == TINY.resolve()
 
 
 def rate(given, backbone, bundled, other):
