@@ -981,7 +981,7 @@ def train(args):
     rank, world = cuda.join(device)
     if args.align_prompts % world:
         raise UserError(f"--align-prompts {args.align_prompts} cannot be shared by {world} processes; use a multiple")
-    run = Run(args, "curec", logs.data.fingerprint, rank=rank)
+    run = Run(args, "curec", logs.data.fingerprint, free=("micro_batch",), rank=rank)
     if run.done("result"):
         return {} if rank > 0 else run.result(run.done("result"))
     words = args.features != "ids"
@@ -1090,7 +1090,7 @@ def recommend(args):
     if args.recommend not in logs.data.users:
         raise UserError(f"--recommend {args.recommend}: no such user; for example {', '.join(logs.data.users[:5])}")
     u = logs.data.users.index(args.recommend)
-    run = Run(dataclasses.replace(old, data_dir=earlier["data_dir"]), "curec", logs.data.fingerprint)
+    run = Run(dataclasses.replace(old, data_dir=earlier["data_dir"]), "curec", logs.data.fingerprint, free=("micro_batch",))
     tensors, state = run.load("served")
     texts = restore_texts(old, logs, device, strip(tensors, "texts/"), state)
     model = RewardModel(old, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device).eval()
@@ -1160,7 +1160,7 @@ def ablations(args):
             print(f"\n=== {name}, seed {seed}", flush=True)
             if phases and not (folder / "args.json").exists():
                 logs = prepare(now)
-                run = Run(now, "curec", logs.data.fingerprint)
+                run = Run(now, "curec", logs.data.fingerprint, free=("micro_batch",))
                 for phase in phases:
                     run.inherit(root / f"s{seed}" / "full", phase, files)
                 now = dataclasses.replace(now, resume=True)
