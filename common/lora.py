@@ -55,8 +55,10 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled or self.merged:
             return y
-        dropped = self.training and self.dropout.p > 0
-        low = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.T if dropped else _Down.apply(x, self.lora_A)     # (..., r)
+        A = self.lora_A
+        if self.training and self.dropout.p:
+            x = self.dropout(x.to(A.dtype))
+        low = x @ A.T if x.dtype == A.dtype else _Down.apply(x, A)             # (..., r)
         return (y + (low * self.scale) @ self.lora_B.T).to(y.dtype)            # added in fp32, rounded once
 
     def delta(self):
