@@ -13,7 +13,7 @@ EQUATIONS (u a user, x_u the text of the history, h_u the behavioural state, s(u
   [1] state       h_u = W [e_u; mean of e_j over the past]                                       -> CoCo.state
   [2] code        z_u = BatchNorm(W_q h_u), k = argmin |z_u - c_k|^2, value c_k, gradient to both:
                   c + (z - sg z)                                                                 -> Codebook
-  [3] prompt      P_u = words + size * reshape(W_p c), O_u = LLM([P_u; x_u])                            -> CoCo.prompt, CoCo.read
+  [3] prompt      P_u = words + size * reshape(W_p c), O_u = LLM([P_u; x_u])                     -> CoCo.prompt, CoCo.read
   [4] extraction  MLP(mean softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3), P and O normalised    -> Extract
   [5] fusion      k_u = sigmoid(W_g [h; k]) k, h+ = h + k_u, s+ = CTR(h+) + <k_u, W_t t_i>       -> CoCo.score
   [6] phase 2     L = rec(s+) + rec(s-) + mse(sg z, c) + beta mse(z, sg c), s- = CTR(h)          -> loss_of

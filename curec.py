@@ -950,8 +950,7 @@ def correct(args, run, policy, logs, reward_model, texts):
 # 8 ---------------------------------------------------------------------------------------------------- train
 def prepare(args):
     """Load, filter, and lay out the interactions."""
-    data = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed)
-    data = datasets.min_rating(data, args.min_rating)
+    data = datasets.min_rating(datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed), args.min_rating)
     lowest = args.min_interactions if args.min_interactions is not None else (30 if data.world is None else 1)
     if (most := np.bincount(data.user).max()) < lowest:
         raise UserError(f"--data {args.data}: no user has {lowest} interactions, the most is {most}; lower --min-interactions")

@@ -11,7 +11,8 @@ LCFT shows it both questions on the same context and pushes the two answer distr
 EQUATIONS (x+ and x- are the prompts with the two questions, P+ and P- the answers' distributions, y the answer)
   [1] host        CE = -log P(y | x+)                                          -> answer_loss
   [2] paper       L = CE - lambda min(KL(P+ || P-), cap)                       -> apart("paper")
-  [3] official    L = CE, a mean over the whole row of x+, - lambda min(sum_t KL(sg P-_t || P+_t), cap)          -> apart("official"), train_pairs
+  [3] official    L = CE - lambda min(sum_t KL(sg P-_t || P+_t), cap)          -> apart("official"), train_pairs
+                  with CE the mean over the whole row of x+
   [4] bounded     L = CE + lambda JSD(P+, P- with Yes and No swapped)          -> apart("swap")
                   L = CE - lambda JSD(P+, P-), at most ln 2 to be had          -> apart("jsd")
                   L = CE - lambda min(+-(s+ - s-), cap), + for a like          -> apart("hinge")
