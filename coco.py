@@ -63,7 +63,6 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
 """
 
 # 1 ---------------------------------------------------------------------------------------------------- imports
-import dataclasses
 import hashlib
 import time
 from contextlib import nullcontext
@@ -79,7 +78,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, summarise, write_table
+from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, summarise, variant, write_table
 from common.sequences import Logs, category_table
 
 
@@ -899,9 +898,7 @@ def ablations(args):
             change, base = VARIANTS[name]
             folder = lambda n: root / f"s{seed}" / n.replace(" ", "-")
             print(f"\n=== {name}, seed {seed}", flush=True)
-            now = dataclasses.replace(args, ablations=False, variants=(), seeds=(), seed=seed, run=str(folder(name)),
-                                      resume=(folder(name) / "args.json").exists() and not args.overwrite, **change)
-            found[name].append(train(now, folder(base) if base in found else None))
+            found[name].append(train(variant(args, folder(name), seed=seed, **change), folder(base) if base in found else None))
             runs.append(folder(name))
     cells = [c for c in found[names[0]][0]["test"] if c != "log_loss" and "=" not in c]
     columns = {c: lambda r, c=c: r["test"][c] for c in cells} | {

@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit
-from common.run import Run, UserError, at_least, is_run, main, prefix, progress, strip, summarise, write_table
+from common.run import Run, UserError, at_least, is_run, main, prefix, progress, strip, summarise, variant, write_table
 from common.sequences import Logs, bayes, popularity
 
 
@@ -1155,16 +1155,14 @@ def ablations(args):
             folder = root / f"s{seed}" / re.sub(r"\W+", "-", name)
             if args.overwrite and is_run(folder):
                 shutil.rmtree(folder)
-            now = dataclasses.replace(args, ablations=False, seeds=(), variants=(), seed=seed, run=str(folder), **change)
+            now = variant(args, folder, seed=seed, **change)
             print(f"\n=== {name}, seed {seed}", flush=True)
-            if phases and not (folder / "args.json").exists():
+            if phases and not now.resume:
                 logs = prepare(now)
                 run = Run(now, "curec", logs.data.fingerprint, free=("micro_batch",))
                 for phase in phases:
                     run.inherit(root / f"s{seed}" / "full", phase, files)
                 now = dataclasses.replace(now, resume=True)
-            elif (folder / "args.json").exists():
-                now = dataclasses.replace(now, resume=True, overwrite=False)
             table.setdefault(name, []).append(train(now))
             runs.append(folder)
     first = next(iter(table.values()))

@@ -61,7 +61,6 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
 """
 
 # 1 ---------------------------------------------------------------------------------------------------- imports
-import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +73,7 @@ import torch.nn.functional as F
 
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines, item_line
-from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, write_table
+from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, variant, write_table
 
 
 # 2 ---------------------------------------------------------------------------------------------------- arguments
@@ -696,9 +695,7 @@ def ablations(args):
             for value in found[name]:
                 folder = root / f"s{seed}" / f"{name}-{value:g}"
                 print(f"\n=== {name}, {flag} {value:g}, seed {seed}", flush=True)
-                now = dataclasses.replace(args, ablations=False, variants=(), seeds=(), seed=seed, run=str(folder), **change | {flag: value})
-                again = (folder / "args.json").exists() and not args.overwrite
-                found[name][value].append(train(dataclasses.replace(now, resume=again)))
+                found[name][value].append(train(variant(args, folder, seed=seed, **change | {flag: value})))
                 folders.append(folder)
     floor = np.mean([r["valid"]["auc"] for r in found["off"][0.0]]) - 0.005
     cell = lambda runs, split, key: metrics.summary([r[split][key] for r in runs])

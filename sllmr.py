@@ -66,7 +66,6 @@ DEVIATIONS AND CHOICES
 
 # 1 ---------------------------------------------------------------------------------------------------- imports
 import concurrent.futures
-import dataclasses
 import http.client
 import json
 import math
@@ -87,7 +86,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, at_least, differences, main, prefix, progress, pyplot, strip, write_atomically, write_table
+from common.run import Run, UserError, at_least, differences, main, prefix, progress, pyplot, strip, variant, write_atomically, write_table
 from common.sequences import Logs, category_table
 
 
@@ -937,9 +936,7 @@ def ablations(args):
                 for lam in by_lam:
                     folder = root / recommender / f"s{seed}" / f"{name}-{lam:g}"
                     print(f"\n=== {recommender}, {name}, lambda {lam:g}, seed {seed}", flush=True)
-                    again = (folder / "args.json").exists() and not args.overwrite
-                    now = dataclasses.replace(args, ablations=False, seeds=(), recommenders=(), variants=(), lams=Args.lams, recommender=recommender,
-                                              seed=seed, lam=lam, run=str(folder), resume=again, **VARIANTS[name])
+                    now = variant(args, folder, recommender=recommender, seed=seed, lam=lam, **VARIANTS[name])
                     found[name][lam].append(train(now, root / f"scores-s{seed}"))
                     runs.append(folder)
         print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, mean ± std over {len(args.seeds or (0,))} seeds")

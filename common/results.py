@@ -5,7 +5,8 @@
     python -m common.results --render           # only write the tables of finished runs
     python -m common.results --method sllmr --data toy --against none    # print differences, seed by seed, to a row of a table
 
-A table stands in the README below the line that holds its command; no number in it is typed.
+A table stands in the README below the line that holds its command; no number in it is typed. What it is made of, the
+values by seed, is kept in figures/METHOD-DATA.json.
 """
 
 import json
@@ -118,28 +119,30 @@ def made(record):
 
 
 def render(path, chosen=COMMANDS, base=ROOT):
-    """Write the tables of all finished commands into the README at path, and their pictures beside it; returns which."""
-    readme, done = path.read_text(encoding="utf-8"), []
+    """Take the tables and pictures of finished runs over into figures/ beside the README at path, and write all tables that
+    are there into it; returns which."""
+    readme, done, kept = path.read_text(encoding="utf-8"), [], path.parent / "figures"
+    kept.mkdir(exist_ok=True)
     for method, data, flags, picture in chosen:
-        file = base / folder(method, data) / "table.json"
-        if file.exists():
-            record = json.loads(file.read_text(encoding="utf-8"))
+        table = kept / f"{method}-{data}.json"
+        for made_here, file in (("table.json", table), (picture, table.with_suffix(".png"))):
+            if made_here and (base / folder(method, data) / made_here).exists():
+                shutil.copyfile(base / folder(method, data) / made_here, file)
+        if table.exists():
+            record = json.loads(table.read_text(encoding="utf-8"))
             readme = put(readme, command(method, flags), [*markdown(record["ablations"]), "", made(record)])
-            if picture and (file.parent / picture).exists():
-                (path.parent / "figures").mkdir(exist_ok=True)
-                shutil.copyfile(file.parent / picture, path.parent / "figures" / f"{method}-{data}.png")
-            done.append(str(folder(method, data)))
+            done.append(table.stem)
     write_atomically(path, readme)
     return done
 
 
-def print_gains(folders, base, root=ROOT):
-    """`against` for the finished tables among these folders of ablations; one line and status 1 where that cannot be."""
-    finished = [name for name in folders if (root / name / "table.json").exists()]
+def print_gains(names, base, kept=ROOT / "figures"):
+    """`against` for those of these tables (METHOD-DATA) that are there; one line and status 1 where that cannot be."""
+    finished = [name for name in names if (kept / f"{name}.json").exists()]
     if not finished:
-        sys.exit(f"error: no finished table in {', '.join(map(str, folders))}; run make results first")
+        sys.exit(f"error: {kept} has no table {' or '.join(names)}; run make results first")
     for name in finished:
-        rows = json.loads((root / name / "table.json").read_text(encoding="utf-8"))["ablations"]
+        rows = json.loads((kept / f"{name}.json").read_text(encoding="utf-8"))["ablations"]
         try:
             gains = against(rows, base)
         except ValueError as problem:
@@ -160,7 +163,7 @@ def main(argv=None):
     if not chosen:
         parser.error(f"there is no table for --method {args.method} --data {args.data}; see --help")
     if args.against:
-        return print_gains([folder(method, data) for method, data, *_ in chosen], args.against)
+        return print_gains([f"{method}-{data}" for method, data, *_ in chosen], args.against)
     for method, data, flags, _ in () if args.render else chosen:
         print(f"\n##### {command(method, flags)}", flush=True)
         out = subprocess.run([sys.executable, f"{method}.py", *shlex.split(flags), "--run", str(folder(method, data)), "--resume"], cwd=ROOT)

@@ -230,6 +230,13 @@ def command_line():
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+def variant(args, folder, **changes):
+    """The settings of one run of an ablation: args with changes, in a folder of its own, gone on with where it has begun."""
+    alone = {f.name: f.default for f in dataclasses.fields(args) if f.name in ("ablations", "variants", "seeds", "recommenders", "lams")}
+    begun = (folder / "args.json").exists() and not args.overwrite
+    return dataclasses.replace(args, run=str(folder), resume=begun, **alone | changes)
+
+
 def write_table(root, args, rows, runs):
     """The end of an ablation: table.json and report.html in its folder, RESULT {json} on standard output. rows: {name:
     {column: summary}}. runs: the folders that they are made of. Returns rows."""

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -91,10 +92,9 @@ def test_the_gain_over_a_row_is_the_mean_of_the_differences_seed_by_seed():
 def test_gains_are_printed_for_finished_tables_and_what_is_missing_is_said(tmp_path, capsys):
     from common import metrics, results
     rows = {"off 0": {"AUC": metrics.summary([0.5, 0.7])}, "swap 1": {"AUC": metrics.summary([0.4, 0.5])}}
-    table, gains = tmp_path / "a" / "table.json", lambda base: results.print_gains(["a", "b"], base, tmp_path)
-    with pytest.raises(SystemExit, match="no finished table in a, b"):
+    table, gains = tmp_path / "a.json", lambda base: results.print_gains(["a", "b"], base, tmp_path)
+    with pytest.raises(SystemExit, match="no table a or b; run make results"):
         gains("off")
-    table.parent.mkdir()
     table.write_text(json.dumps({"ablations": rows}))
     gains("off")
     assert "| swap 1 | -0.150 ± 0.071 |" in capsys.readouterr().out
@@ -112,6 +112,14 @@ def test_the_table_of_make_bench_is_that_of_its_results(monkeypatch):
     assert "\n".join(bench.table(results)) in README and len(results["rows"]) == len(bench.ROWS)
 
 
+def test_the_tables_of_the_readme_are_those_of_figures(tmp_path):
+    from common import results
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    done = results.render(tmp_path / "README.md", base=tmp_path)
+    assert len(done) >= 7 and (tmp_path / "README.md").read_text(encoding="utf-8") == README
+
+
 def test_tables_are_written_from_files_and_writing_them_again_changes_nothing(tmp_path):
     from common import results
     method, data, flags, _ = results.COMMANDS[0]
@@ -121,7 +129,7 @@ def test_tables_are_written_from_files_and_writing_them_again_changes_nothing(tm
                                      '"seeds": [0, 1], "runs": 4, "minutes": 12, "commits": ["abc"]}')
     readme = tmp_path / "README.md"
     readme.write_text(README)
-    assert results.render(readme, results.COMMANDS, tmp_path) == [str(results.folder(method, data))]
+    assert results.render(readme, results.COMMANDS, tmp_path) == [f"{method}-{data}"] and (tmp_path / "figures" / f"{method}-{data}.json").exists()
     first = readme.read_text()
     assert "| full | 0.123 ± 0.010 |  |" in first and "| none |  | 44.0 |\n\nSeeds 0, 1; 4 runs, 12 minutes in all; commit abc.\n\n" in first
     results.render(readme, results.COMMANDS, tmp_path)
