@@ -1,12 +1,13 @@
 """LCFT: fine-tuning that keeps "will like" and "will dislike" apart in logit space (EMNLP 2025, 2025.emnlp-main.1491).
 
 Ask a fine-tuned LLM whether a user will like a film, then whether the user will dislike it: often it says Yes twice.
-LCFT shows it both questions on the same context and pushes the two answer distributions apart:
+LCFT, added to a host (TALLRec: text alone; CoLLM: text and collaborative vectors), shows it both questions on the same
+context and pushes the two answer distributions apart:
 
   1 mf        (--host collm) matrix factorisation gives every user and item a vector
   2 lora      a LoRA adapter learns to answer Yes or No, with the divergence of the two answers as a bonus
   3 map       (--host collm) an MLP carries the vectors into the prompt, the adapter stays as it is
-  4 judge     accuracy, and how often the answers to the opposite questions contradict each other
+  4 judge     AUC, and how often the answers to the opposite questions contradict each other
 
 EQUATIONS (x+ and x- are the prompts with the two questions, P+ and P- the answers' distributions, y the answer)
   [1] host        CE = -log P(y | x+)                                          -> answer_loss
@@ -14,10 +15,10 @@ EQUATIONS (x+ and x- are the prompts with the two questions, P+ and P- the answe
   [3] official    L = CE - lambda min(sum_t KL(sg P-_t || P+_t), cap)          -> apart("official"), train_pairs
                   with CE the mean over the whole row of x+
   [4] bounded     L = CE + lambda JSD(P+, P- with Yes and No swapped)          -> apart("swap")
-                  L = CE - lambda JSD(P+, P-), at most ln 2 to be had          -> apart("jsd")
-                  L = CE - lambda min(+-(s+ - s-), cap), + for a like          -> apart("hinge")
+                  L = CE - lambda JSD(P+, P-), which is at most ln 2           -> apart("jsd")
+                  L = CE - lambda min(z (s+ - s-), cap), z = 1 like, -1 dislike -> apart("hinge")
   [5] control     L = CE + w * -log P(not y | x-)                              -> --neg-ce
-  [6] score       s = logit(Yes) - logit(No) after x+                          -> Host.look
+  [6] score       s+ = logit(Yes) - logit(No) after x+, s- after x-            -> Host.look
 
 CHECKED BY, in tests/
   [1] test_the_answer_loss_is_pytorchs_cross_entropy
@@ -29,14 +30,14 @@ CHECKED BY, in tests/
 
 DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on films only) differs from it.
   - `--kl paper` follows the formula: KL(P+ || P-) at the answer, gradient through both branches. The formula has no
-    bound, and without one the loss has no minimum; --cap bounds it. A hinge max(0, cap - D) is the same up to a constant.
-  - `--kl official` follows the code: the reversed KL, P- detached, summed over all positions that differ and the whole
-    vocabulary, CE on the whole row of x+, lambda = 1e-4, cap = 10,000 (there on a micro-batch, here on a pair). It is
+    bound, and without one the loss has no lower bound; --cap gives it one. A hinge max(0, cap - D) is the same up to a constant.
+  - `--kl official` follows the code: the reversed KL, P- detached, summed over all positions from the first difference
+    on and the whole vocabulary, CE on the whole row of x+, lambda = 1e-4, cap = 10,000 (there on a micro-batch, here on a pair). It is
     computed from log-probabilities: the code's log(softmax) gives NaN gradients at gaps that fp32 cannot hold. The rows are
     aligned from the answer back to where they begin to differ; the code compares by index, off by one from where the questions
     differ in length.
-  - [3] has no finite optimum, and where P- is surer of the answer than P+ its second term pushes the right answer down:
-    -dL/ds = (1 - p) + lambda (p - n).
+  - Of [3], with one answer position, two words, s the log-odds of the right one and p, n its probability in P+ and P-:
+    -dL/ds = (1 - p) + lambda (p - n). At p = 1 it still pulls, until the cap; where n > p it pushes the right answer down.
   - `--kl bounded` asks for what is meant: P-(Yes) = P+(No). Pushing P+ and P- apart, however bounded, has no gradient where
     both answers are equal (which is where a contradiction starts), pays for over-confidence, and over the whole
     vocabulary is won by a third word after the flipped question. --bound jsd and hinge are there to see that; the hinge
@@ -49,11 +50,14 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
     its context and runs through the model once; `--template tallrec` is the published order: instruction first, and a
     last line that asks for "like" in both prompts.
   - CoLLM trains the logit of Yes alone, by binary cross-entropy: --ce yes, which then also is the score. By default both
-    hosts have [1] and [6]: where No is never trained, Yes against No says little on contradictions.
+    hosts have [1] and [6]: under --ce yes contradictions are judged by logit(Yes), which the divergence of
+    Yes against No need not move; --neg-ce does.
+  - CoLLM's mapping is an MLP alone; here its output has the size of a word's embedding. No weight decay (CoLLM's: 1e-3).
   - Neither the wording of the flip for CoLLM nor which stage has the KL term is public: --kl-stages, both by default.
   - MovieLens-100K: TALLRec's 10,000 rows are the last of its list of users' sequences (80 users train, 14 validate, 16 test); ours
     are as many, the last in time, so that nobody learns from what happens later. MovieLens-1M: CoLLM's rows came with a file of
-    its own; ours are all ratings of the same months.
+    its own; ours are all ratings of the same months. Amazon-Book: CoLLM takes 2017 alone and likes above 4; ours is 80/10/10
+    of all years (--like-above 4).
 
   python lcft.py --data toy --kl bounded                                 # 4 minutes on 2 cores
   python lcft.py --data ml1m --host collm --backbone Qwen/Qwen2.5-1.5B    # on a GPU
@@ -113,7 +117,7 @@ class Args:
     kl: Literal["paper", "official", "bounded", "off"] = "bounded"  # paper | official: the KL as written and as released | bounded: see --bound | off: fine-tuning alone
     bound: Literal["swap", "jsd", "hinge"] = "swap"  # of --kl bounded: swap: JSD to the swapped answer, made small | jsd: JSD made large | hinge: log-odds kept apart
     kl_vocab: Literal["full", "answers"] | None = None  # of the divergence: all tokens, or Yes and No (default: answers with bounded)
-    lam: float | None = None  # λ (default 1; with --kl official the code's 1e-4)
+    lam: float | None = None  # λ (default 1; with --kl paper 0.1, with official the code's 1e-4)
     lam_ramp: float = 0.0  # share of the steps over which λ (and --neg-ce) grows from 0 to its value
     cap: float | None = None  # nats of divergence beyond which more earns nothing (default: paper 10, official 10000, hinge 4)
     neg_ce: float = 0.0  # weight of eq. 5, the cross-entropy of the flipped answer to the flipped question, in every stage
@@ -155,7 +159,7 @@ class Args:
         official = "official" in chosen_variants(self.variants) if self.ablations else self.kl == "official"
         if official and (self.host == "collm" or self.ce == "yes"):
             raise ValueError("official is the released code's loss: TALLRec's, on the whole row; leave it, or --host collm and --ce yes, out")
-        if self.kl == "bounded" and not self.ablations and self.bound != "jsd" and self.kl_vocab == "full":
+        if self.kl == "bounded" and self.bound != "jsd" and self.kl_vocab == "full":
             raise ValueError(f"--kl-vocab full: {self.bound} compares Yes and No; it needs --bound jsd, or --kl paper or official")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError("--lora-dropout must be in [0, 1)")
@@ -181,12 +185,12 @@ class MF(nn.Module):
 
 
 class Mapping(nn.Module):
-    """CoLLM's bridge: a vector of MF -> one token in the LLM's embedding space, one MLP for users and one for items."""
+    """CoLLM's mapping: a vector of MF -> one token in the LLM's embedding space, one MLP for users and one for items."""
 
     def __init__(self, dim, width, scale):
         super().__init__()
         self.user, self.item = (nn.Sequential(nn.Linear(dim, 10 * dim), nn.ReLU(), nn.Linear(10 * dim, width)) for _ in range(2))
-        self.scale = scale                                       # the size of a word's embedding: a start that can be read
+        self.scale = scale                                       # std of the word embeddings
 
     def forward(self, p, q):
         """p, q (B, d) -> (B, 2, width), the soft tokens of slots 0 and 1."""
@@ -195,7 +199,7 @@ class Mapping(nn.Module):
 
 
 # 4 ---------------------------------------------------------------------------------------------------- prompts
-# The flip: another language or polarity is one more line.
+# Another wording of the flip is one more line.
 FLIPS = {"like": ("Will the user like it?", "Will the user dislike it?"),
          "enjoy": ("Would the user enjoy it?", "Would the user not enjoy it?")}
 
@@ -206,7 +210,7 @@ The user disliked these titles:
 The user now sees this title:
 - {item}
 """
-# 0 and 1 are slots for vectors. They come first, where words that the adapter never saw disturb what it learned least.
+# 0 and 1 are slots for vectors, before the context.
 VECTORS = ("What other users chose says this of the user: ", 0, ", and this of the title: ", 1, "\n")
 
 
@@ -290,7 +294,7 @@ class Rows:
         self.data, self.args = data, args
         self.lines = [item_line(t, c) for t, c in zip(data.titles, data.categories)]
         self.user, self.item = data.user.astype(np.int64), data.item.astype(np.int64)
-        self.books = bool((Path(args.data) / "BX-Book-Ratings.csv").exists())
+        self.books = (Path(args.data) / "BX-Book-Ratings.csv").exists()
         self.above = args.like_above if args.like_above is not None else (5.0 if self.books else 3.0)
         self.label = (data.rating > self.above).astype(np.int64)
         self.place = datasets.places(data.user)
@@ -348,12 +352,12 @@ class Rows:
 
 class Answers(NamedTuple):
     """Of a batch of pairs, after x+ and x- (the two columns): logits of Yes and No, logsumexp over the vocabulary and largest
-    logit, (B, 2) each; and their divergence, (B,)."""
+    logit, (B, 2) each; and what apart() says of them, (B,)."""
     yes: torch.Tensor
     no: torch.Tensor
     lse: torch.Tensor
     top: torch.Tensor
-    far: torch.Tensor
+    apart: torch.Tensor
 
 
 class Host:
@@ -405,13 +409,13 @@ class Host:
             return self.ids
         return self.ids if (self.args.kl_vocab or ("answers" if kind == "jsd" else "full")) == "answers" else None
 
-    def look(self, rows, kind, cap, vectors=False):
+    def look(self, rows, kind, cap, vectors=False, ids=None):
         """[6] The Answers of these rows, from one pass."""
         packed, soft = self.pack(rows, vectors)
         hidden = llm.packed_hidden(self.model, packed, soft)
         last = llm.last_slots(packed).view(-1, 2)                                             # the answers' slots
         yes, no = self.ids
-        ids = self.compared(kind)
+        ids = ids or self.compared(kind)
 
         def columns(pos, neg, label):
             far = apart(pos, neg, kind, cap, ids, label) if kind else torch.zeros_like(pos[:, 0])
@@ -429,7 +433,7 @@ def train_pairs(host, rows, kl, vectors=False, grown=1.0):
     label = torch.as_tensor(host.rows.label[rows], device=host.device)
     kind = {"bounded": args.bound, "off": None}.get(kl, kl)
     cap = args.cap or {"paper": 10.0, "official": 1e4, "hinge": 4.0}.get(kind, 1.0)
-    lam = args.lam if args.lam is not None else (1e-4 if kl == "official" else 1.0)
+    lam = args.lam if args.lam is not None else {"official": 1e-4, "paper": 0.1}.get(kl, 1.0)
     if kl == "official":                                         # [3]: the whole row, and all positions from the first difference on
         packed, _ = host.pack(rows, whole=True)
         scored = llm.completion_logps(host.model, packed, hidden=True)
@@ -444,7 +448,7 @@ def train_pairs(host, rows, kl, vectors=False, grown=1.0):
         far = each.new_zeros(len(rows)).index_add(0, pair, each).clamp(max=cap)
     else:
         seen = host.look(rows, kind, cap, vectors)
-        ce, far = answer_loss(seen.yes[:, 0], seen.no[:, 0], seen.lse[:, 0], label, args.ce), seen.far
+        ce, far = answer_loss(seen.yes[:, 0], seen.no[:, 0], seen.lse[:, 0], label, args.ce), seen.apart
     loss, stats = ce - grown * lam * far, {"ce": ce, "apart": far}
     if args.neg_ce:                                              # [5]
         seen = host.look(rows, None, 1.0, vectors) if kl == "official" else seen
@@ -462,7 +466,7 @@ def ask(host, rows, vectors=False, desc=None):
     host.model.eval()
     shown = np.minimum(host.rows.place[rows], host.args.prompt_history)                       # titles in the prompt
     order, size = np.argsort(shown, kind="stable"), host.args.eval_batch
-    parts = [host.look(np.asarray(rows)[order[start:start + size]], "jsd", 1.0, vectors)
+    parts = [host.look(np.asarray(rows)[order[start:start + size]], "jsd", 1.0, vectors, host.ids)
              for start in progress(range(0, len(rows), size), desc, -(-len(rows) // size))]
     yes, no, _, top, jsd = (torch.cat(x).double().cpu().numpy()[np.argsort(order)] for x in zip(*parts))
     gap = yes if host.args.ce == "yes" else yes - no                                          # (n, 2)
@@ -514,9 +518,8 @@ def worst(rows, index, found, most=50):
 
 # 8 ---------------------------------------------------------------------------------------------------- train
 def train_mf(args, run, host):
-    """Stage 1 of CoLLM: MF on the training rows, BCE, the best epoch by validation AUC. Returns what was reached."""
+    """MF on the training rows, BCE, the best epoch by validation AUC. Returns what was reached."""
     rows, model = host.rows, host.mf
-    torch.manual_seed(cuda.key_seed(args.seed, "mf"))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.mf_lr, weight_decay=1e-4)
     tensor = lambda index: [torch.as_tensor(x[index], device=host.device) for x in (rows.user, rows.item, rows.label)]
     auc = lambda index: metrics.auc(rows.label[index], model(*tensor(index)[:2]).detach().cpu().numpy())
@@ -567,7 +570,8 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
         torch.manual_seed(cuda.key_seed(args.seed, name, step))                               # LoRA's dropout
         host.model.train()
         optimizer.zero_grad(set_to_none=True)
-        parts, grown = [], min(done / (args.lam_ramp * args.steps), 1.0) if args.lam_ramp else 1.0
+        parts = []
+        grown = min(done / (args.lam_ramp * args.steps), 1.0) if args.lam_ramp else 1.0
         for part in np.split(batch, range(at_once, size, at_once)):
             loss, stats = train_pairs(host, part, kl, vectors, grown)
             (loss.sum() / size).backward()
@@ -597,7 +601,7 @@ def train(args):
         return ablations(args)
     cuda.seed_everything(args.seed)
     device, rows = cuda.pick_device(args.device), Rows(args)
-    run = Run(args, "lcft", rows.data.fingerprint)
+    run = Run(args, "lcft", rows.data.fingerprint, free=("micro_batch",))
     if run.done("result"):
         return run.result(run.done("result"))
     host = Host(args, device, rows)
@@ -633,9 +637,9 @@ def train(args):
             run.finish("map", stage(args, run, host, "map", part, args.map_lr, args.kl if args.kl_stages != "lora" else "off", True))
         host.mapping.load_state_dict(strip(run.load("map")[0], "best/"))
         result["map"] = run.done("map")
-    for name, index in (("valid", rows.valid), ("test", rows.test)):
-        result[name], found = evaluate(host, index, collm, f"evaluate {name}")
-    run.write_jsonl("contradictions", worst(rows, index, found))
+    result["valid"], _ = evaluate(host, rows.valid, collm, "evaluate valid")
+    result["test"], found = evaluate(host, rows.test, collm, "evaluate test")
+    run.write_jsonl("contradictions", worst(rows, rows.test, found))
     run.finish("result", result)
     show(result)
     return run.result(result)

@@ -26,24 +26,28 @@ CHECKED BY, in tests/
   [5] test_uncertainty_is_between_0_and_1_largest_at_a_half_finite_anywhere_and_without_gradient
 
 DEVIATIONS AND CHOICES
-  - The gate as published can only fall: dL/dalpha is a hinge, never negative, so descent lowers alpha wherever model and
-    LLM disagree and nothing raises it. --gate paper does that. --gate normalised divides by the sum of alpha:
-    weights compete and rise where the LLM is easier to follow than on average. --gate budget keeps the mean and holds that of
-    alpha near --budget. Both judge by pairs that the model is trained to follow, and a model can follow noise. --gate
-    agreement (the default) sets a share of each user's scored items aside, learns alpha_uij as the probability that the model
-    orders a pair of these (under dropout, as it trains) as the LLM does, by cross-entropy, and weighs the other pairs by max(0, 2 alpha - 1), before the K
-    are picked: an LLM that agrees no better than a coin gets nothing. The loss is their weighted mean. fixed never learns;
-    ones is the paper's "global"; truth, with --scorer oracle, knows where scores are right: pairs of two right scores have all
-    their weight, those of one right score half. --gate-init says what is believed at first: that the LLM knows more of cold
-    users, tail items and where the model is unsure. The ablation's "no prior" starts from nothing, "fixed" stays with it.
+  - The gate as published can only fall: dL/dalpha is a hinge, never negative, so descent lowers w and b wherever model and
+    LLM disagree, and nothing raises them. Hence --gate:
+      paper       as published
+      normalised  divides by the sum of alpha: weights compete, and rise where the LLM is easier to follow than on average
+      budget      mean loss, and a penalty that keeps the mean of alpha near --budget
+      agreement   (default, ours) sets a share of each user's scored items aside. alpha_uij learns, by cross-entropy, how
+                  likely the model (under dropout) orders a pair of these as the LLM does. The other pairs weigh
+                  max(0, 2 alpha_uij - 1), nothing where the LLM is no better than a coin; the loss is their weighted mean
+      fixed       stays at --gate-init
+      ones        no gate, the paper's "global"
+      truth       with --scorer oracle: a pair of two right scores weighs 1, of one 1/2, of none 0
+    normalised and budget judge by pairs that the model is trained to follow, and a model can follow noise.
+  - --gate-init: at first cold users, tail items and unsure predictions are trusted more. The row "no prior" starts from zeros.
   - q is detached: else the model could lower the loss by being sure.
-  - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K. m, K, M and N are not
-    given: flags.
+  - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K.
+  - Not given, so flags: m (margin), K (pairs), M (candidates), N (pool).
   - Pairs of one user hardly occur in a random batch of 128, so a second sampler draws users that have LLM scores.
   - The K largest gaps among these users (--pick largest, the literal reading) are mostly those of the users with the most scores,
     and never those in the middle of a ranking. --pick sample takes of each user as many pairs, at random.
-  - Cold is |H| <= 3 in the paper's counts and < 3 in its text, H the targets that one may learn from; both are reported. Tail
-    is the last fifth of the items by training popularity (a tenth where the LLM gets extra items).
+  - Cold is |H| <= 3 in the paper's Table 1, by row, H what precedes it, and < 3 in its text, by user; by what precedes a test
+    row nobody is cold in these data. Here H is the user's training targets; both cuts are reported (cold, very cold). Tail is
+    the last fifth of the items by training popularity (a tenth where the LLM gets extra items).
   - The paper's models read brand and category of Amazon's items. Where a data set comes without, --brand takes the first word
     of the title, which is where shops put the brand.
   - The paper says full ranking; its figures are those of 1:1 rows. Both are reported.
@@ -56,12 +60,13 @@ DEVIATIONS AND CHOICES
   - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts; of an item's categories
     the first eight.
 
-  python sllmr.py --data toy:3000x400x60000 --cold-users 0.3                # scores from the toy's truth
+  python sllmr.py --data toy:3000x400x45000 --cold-users 0.3                # scores from the toy's truth
   python sllmr.py --data amazon-beauty --backbone Qwen/Qwen2.5-3B            # on a GPU
   python sllmr.py --data ml1m --users 1000 --tune-steps 300                 # scores from the bundled LLM
   python sllmr.py --data amazon-beauty --brand --scorer encoder              # pip install wordllama: no LLM runs at all
   OPENAI_API_KEY=... python sllmr.py --data ml1m --scorer api --api-model gpt-4o-mini --dry-run
-  python sllmr.py --ablations --seeds 0,1,2 --data toy:3000x400x60000 --cold-users 0.3
+  python sllmr.py --data ml1m --scores runs/a/scores.jsonl --gate paper --run runs/b   # another gate, the same scores
+  python sllmr.py --ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3
 """
 
 # 1 ---------------------------------------------------------------------------------------------------- imports
@@ -70,7 +75,6 @@ import http.client
 import json
 import math
 import os
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -99,7 +103,7 @@ class Args:
     max_bad_rows: int = 0  # broken rows to skip before giving up
     run: str | None = None  # run folder (default: runs/sllmr-DATA-BACKBONE-sSEED)
     resume: bool = False  # continue where the run folder stopped
-    overwrite: bool = False  # remove an earlier run in that folder first
+    overwrite: bool = False  # remove an earlier run in that folder first, with its LLM scores (to keep them: --scores OLD/scores.jsonl and a new --run)
     seed: int = 0  # of sampling, initialisation and training
     device: str = "auto"  # auto (CUDA if there is one, else CPU), cpu, cuda, mps
     ablations: bool = False  # run every method of VARIANTS and print one table
@@ -127,9 +131,9 @@ class Args:
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     dtype: str = "auto"  # of the backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     prompt_history: int = 10  # L: titles in a prompt, or that the encoder compares with
-    candidates: int = 20  # M: items scored per user
-    pool: int = 200  # N: the most chosen items they come from
-    extra: float = 0.1  # share of the items, the least chosen, that some users score too
+    candidates: int = 20  # M: popular items scored per user; cold users get M more of all, and everybody some of --extra
+    pool: int = 200  # N: the most chosen items, of which the M are drawn
+    extra: float = 0.1  # share of the items, the least chosen, each scored for M / N of the users (of a large catalogue most of the prompt: lower it)
     scored_users: int = 0  # users to score (0: all)
     tune_steps: int = 0  # first fine-tune the backbone (LoRA) on so many batches of training choices; 0: ask it as it is
     tune_lr: float | None = None  # learning rate of --tune-steps (default 1e-4; 2e-3 for tiny)
@@ -178,6 +182,8 @@ class Args:
             raise ValueError(f"--recommenders {','.join(sorted(unknown))}: among {','.join(models)}")
         if "autoint" in (self.recommender, *self.recommenders) and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
+        if self.ablations and (self.llm_loss, self.gate, self.lam) != (Args.llm_loss, Args.gate, Args.lam):
+            raise ValueError("--ablations sets --llm-loss, --gate and --lam itself; leave them out (--variants and --lams choose among them)")
         if not self.lams or not self.mlp:
             raise ValueError("--lams and --mlp take numbers")
         if unknown := set(self.variants) - set(VARIANTS):
@@ -275,10 +281,11 @@ def candidates(rows):
     for u in users[rows.cold[users]]:
         chosen[int(u)] += list(rng.choice(n, min(args.candidates, n), replace=False))
     rare = np.flatnonzero(rows.rank >= n - int(args.extra * n))
-    for u in users if len(rare) else ():                         # as many as an item of the pool gets
+    for u in users if len(rare) else ():                         # a rare item goes to as many users as one of the pool, M / N of them
         chosen[int(u)] += list(rng.choice(rare, rng.binomial(len(rare), min(1.0, args.candidates / len(pool))), replace=False))
     had = lambda u: set(logs.sequence(u)[:logs.n_train[u]].tolist())
-    return {u: sorted(set(map(int, items)) - had(u)) for u, items in chosen.items()}
+    wanted = {u: sorted(set(map(int, items)) - had(u)) for u, items in chosen.items()}
+    return {u: items for u, items in wanted.items() if items}
 
 
 def oracle(rows, wanted):
@@ -313,7 +320,7 @@ def by_backbone(rows, wanted, batch=8):
         tune(rows, model, tokenizer, yes, no)
     users = list(wanted)
     for start in progress(range(0, len(users), batch), "LLM scores", -(-len(users) // batch)):
-        part = [u for u in users[start:start + batch] if wanted[u]]
+        part = users[start:start + batch]
         gap = score_shared(model, tokenizer, [ask(rows, u, wanted[u]) for u in part], yes, no)
         for u, g in zip(part, gap):
             yield u, wanted[u], torch.sigmoid(g).tolist()
@@ -327,7 +334,7 @@ def ask(rows, u, items, before=None):
 
 def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
     """A LoRA adapter for the question that will be asked: Yes after a training choice that came next, No after its negative. No
-    validation or test choice is learned from; the AUC on some of validation's 1:1 rows is printed."""
+    held-out choice is ever a Yes; the AUC on some of validation's 1:1 rows is printed."""
     args, rng, train = rows.args, np.random.default_rng([rows.args.seed, 79]), rows.train.T.cpu().numpy()
     lora.inject(model, seed=args.seed)
     rate = llm.rate(args.tune_lr, args.backbone, 2e-3, 1e-4)
@@ -346,10 +353,10 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
     held = rows.valid[:, :asked].T.tolist()
     parts = [held[k:k + 8] for k in range(0, len(held), 8)]
     print(f"tuned on {args.tune_steps * batch:,} training choices")
-    alone([gap for part in parts for gap in score_shared(model, tokenizer, [ask(rows, u, [i, j], p) for u, p, i, j in part], yes, no)])
+    print_auc([gap for part in parts for gap in score_shared(model, tokenizer, [ask(rows, u, [i, j], p) for u, p, i, j in part], yes, no)])
 
 
-def alone(scores):
+def print_auc(scores):
     """Print what the scores (2,) of some validation rows, a target and its negative, are worth without any click model."""
     s = np.stack([np.asarray(pair, dtype=np.float64) for pair in scores])
     print(f"the LLM alone has AUC {metrics.auc(np.tile([True, False], len(s)), s.flatten()):.4f} on {2 * len(s)} validation rows", flush=True)
@@ -371,9 +378,9 @@ def by_encoder(rows, wanted):
     def cosine(u, items, before):
         taste = text[rows.logs.sequence(u)[:before][-rows.args.prompt_history:]].mean(0)
         return text[items] @ taste / np.linalg.norm(taste).clip(1e-9)
-    alone([cosine(u, [i, j], place) for u, place, i, j in rows.valid.T.tolist()])
+    print_auc([cosine(u, [i, j], place) for u, place, i, j in rows.valid.T.tolist()])
     usual = np.concatenate([cosine(u, [i, j], place) for u, place, i, j in rows.train[:, :5000].T.tolist()])
-    for u in filter(wanted.get, wanted):
+    for u in wanted:
         z = (cosine(u, wanted[u], rows.logs.n_train[u]) - usual.mean()) / usual.std().clip(1e-9)
         yield u, wanted[u], (1 / (1 + np.exp(-z))).tolist()
 
@@ -445,27 +452,33 @@ def parse_scores(text, n, some=False):
 
 
 def by_api(rows, wanted):
-    """Scores from an OpenAI-compatible endpoint, in whatever order they arrive; None for an item that the LLM forgot each time.
-    UserError once a request has failed for good."""
+    """Scores from an OpenAI-compatible endpoint, in whatever order they arrive; None for what the LLM would not score in any try.
+    UserError once the server has failed for good, or nobody has got a usable answer."""
     args, key = rows.args, os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
         raise UserError("--scorer api: set OPENAI_API_KEY (any word if your server wants none)")
     if not (key.isascii() and key.isprintable()):                # http.client would quote it in its error
         raise UserError("--scorer api: OPENAI_API_KEY holds characters that no key has, such as a line break; set it anew")
 
+    usable = []                                                  # users with an answer
+
     def one(u):
         prompt, pause = rank_prompt(rows, u, wanted[u]), args.api_pause
         for left in reversed(range(args.api_tries)):
             try:
-                return u, wanted[u], parse_scores(call(args, key, prompt), len(wanted[u]), some=not left)
+                scores = parse_scores(call(args, key, prompt), len(wanted[u]), some=not left)
+                usable.append(u)
+                return u, wanted[u], scores
             except (OSError, ValueError, RecursionError, http.client.HTTPException) as problem:
+                if not left and usable and isinstance(problem, (ValueError, RecursionError)):  # it answers others: a refusal
+                    return u, wanted[u], [None] * len(wanted[u])
                 if not left:
                     raise UserError(f"--api-base {args.api_base}: user {rows.data.users[u]} failed {args.api_tries} times, last: "
                                     f"{str(problem)[:100]}; what was scored is kept, --resume goes on") from None
                 time.sleep(pause * (1 + np.random.default_rng().random()))
                 pause = min(2 * pause, 30)
     failed, crew = None, concurrent.futures.ThreadPoolExecutor(args.api_parallel)
-    jobs = [crew.submit(one, u) for u in wanted if wanted[u]]
+    jobs = [crew.submit(one, u) for u in wanted]
     try:
         for job in progress(concurrent.futures.as_completed(jobs), "LLM scores", len(jobs)):
             try:
@@ -501,7 +514,7 @@ def read_scores(path, data):
             raise UserError(f"{path}:{number}: score {str(score)[:40]} is no number between 0 and 1")
         if u is not None and i is not None:                      # of users and items that a filter took out, nothing
             table[u, i] = score
-    if all(score is None for score in table.values()):
+    if not table:
         raise UserError(f"{path}: no score of a user and an item of this data set; ids are those of the data's own files")
     return table
 
@@ -518,15 +531,15 @@ def score(args, folder, rows):
     settings, made = made_by(args, kind, data), folder / "scores-args.json"
     earlier = json.loads(made.read_text()) if made.exists() else settings
     if differ := differences(earlier, settings):
-        raise UserError(f"{folder} holds scores that were made with other settings ({differ}); start anew with "
-                        "--overwrite, or name another folder with --run")
+        raise UserError(f"{folder} holds scores that were made with other settings ({differ}); remove it, or name "
+                        "another folder with --run")
     if path.exists():                                            # a kill may have cut the last line
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     table = read_scores(path, data) if path.exists() and path.stat().st_size else {}
     missing = {u: items for u, items in wanted.items() if not all((u, i) in table for i in items)}
     if missing:
         lines = lambda u, pairs: "".join(json.dumps({"user": data.users[u], "item": data.items[i], "score": s}) + "\n" for i, s in pairs)
-        table = {(u, i): s for (u, i), s in table.items() if u not in missing}                # or of the last user's lines
+        table = {(u, i): s for (u, i), s in table.items() if u not in missing}                # of a user cut short: ask again
         write_atomically(path, "".join(lines(u, [(i, s)]) for (u, i), s in table.items()))
         source = {"oracle": oracle, "backbone": by_backbone, "encoder": by_encoder, "api": by_api}[kind]
         with open(path, "a", encoding="utf-8") as f:             # the oracle's noise is one stream: ask it for all again
@@ -555,14 +568,16 @@ def scorer(args, rows):
 
 
 def estimate(rows):
-    """--dry-run: the first prompt, and how much all would take. Four characters count as a token."""
-    args, wanted = rows.args, {u: items for u, items in candidates(rows).items() if items}
+    """--dry-run: the first prompt, and how much all would take. Four characters count as a token; what is asked for again,
+    after an unusable answer, is not counted."""
+    args, wanted = rows.args, candidates(rows)
     u = next(iter(wanted))
     print(rank_prompt(rows, u, wanted[u]), "\n")
     given = sum(len(rank_prompt(rows, u, items)) for u, items in wanted.items()) / 4
     taken = sum(12 * len(items) + 10 for items in wanted.values())
-    price = (given * args.api_price[0] + taken * args.api_price[1]) / 1e6
-    print(f"{len(wanted):,} requests, about {given:,.0f} tokens in and {taken:,} out: ${price:,.2f} at {args.api_price[0]} and "
+    times = len(args.seeds or (0,)) if args.ablations else 1      # every seed has candidates of its own
+    price = times * (given * args.api_price[0] + taken * args.api_price[1]) / 1e6
+    print(f"{times * len(wanted):,} requests, about {times * given:,.0f} tokens in and {times * taken:,} out: ${price:,.2f} at {args.api_price[0]} and "
           f"{args.api_price[1]} dollars per million")
 
 
@@ -585,7 +600,8 @@ def uncertainty(logit, kind="maxprob", draws=None):
     """[5] q in [0, 1]: 2 (1 - max(p, 1 - p)), or H(p) / ln 2, or 4 Var of p over draws (n, ...) under dropout. No gradient."""
     if kind == "dropout":
         return 4 * torch.sigmoid(draws.detach()).var(0, unbiased=False)
-    p = torch.sigmoid(logit := logit.detach())
+    logit = logit.detach()
+    p = torch.sigmoid(logit)
     if kind == "maxprob":
         return 2 * torch.minimum(p, 1 - p)
     return -(p * F.logsigmoid(logit) + (1 - p) * F.logsigmoid(-logit)) / math.log(2)
@@ -710,7 +726,7 @@ def alphas(args, model, scored, pick, s):
 
 
 def regulariser(args, model, scored, pick):
-    """L_LLM on the users `pick` (rows of scored), a number."""
+    """L_LLM on the users `pick` (rows of scored), a number; with --gate agreement and the gate's own cross-entropy."""
     scores, known = scored.scores[pick], scored.known[pick]
     s = logits_of(model, scored, pick)
     if args.llm_loss == "pointwise":
@@ -771,7 +787,7 @@ def fit(args, run, rows, scored, vectors):
         batches, total = order.split(max(args.batch // 2, 1)), torch.zeros(2)
         torch.manual_seed(cuda.key_seed(args.seed, "epoch", epoch))                           # dropout
         model.train()
-        for step, batch in enumerate(progress(batches, f"epoch {epoch + 1}", len(batches))):
+        for batch in progress(batches, f"epoch {epoch + 1}", len(batches)):
             users, place, *items = rows.train[:, batch]
             s = model(users, place, torch.stack(items, 1))
             loss = click_loss(s)
@@ -780,9 +796,9 @@ def fit(args, run, rows, scored, vectors):
                 raise UserError(f"training has diverged in epoch {epochs}; lower --lr")
             if used:
                 pick = torch.as_tensor(rng.choice(len(scored.users), min(args.pair_users, len(scored.users)), replace=False), device=rows.device)
-                extra = regulariser(args, model, scored, pick)
-                total[1] += extra.item()
-                loss = loss + args.lam * extra
+                llm_loss = regulariser(args, model, scored, pick)
+                total[1] += llm_loss.item()
+                loss = loss + args.lam * llm_loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -852,7 +868,7 @@ def train(args, shared=None):
         raise UserError("--gate truth: where scores are right is only known of the toy world's (--scorer oracle); take another gate")
     if args.dry_run:
         return estimate(rows)
-    run = Run(args, "sllmr", rows.data.fingerprint)
+    run = Run(args, "sllmr", rows.data.fingerprint, free=("api_parallel", "api_tries", "api_pause", "api_timeout", "api_price"))
     if run.done("result"):
         return run.result(run.done("result"))
     run.header(device=str(device), data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
@@ -925,9 +941,6 @@ def ablations(args):
     known = [name for name in VARIANTS if name != "truth" or args.data.split(":")[0] == "toy" and not args.scores and args.scorer in ("auto", "oracle")]
     if "truth" in args.variants and "truth" not in known:
         raise UserError("--variants truth: where scores are right is only known of the toy world's own (--scorer oracle)")
-    for seed in args.seeds or (args.seed,):
-        if args.overwrite and (root / f"scores-s{seed}" / "scores.jsonl").exists():
-            shutil.rmtree(root / f"scores-s{seed}")
     tables, runs = {}, []   # {recommender, variant, lambda: its row}
     for recommender in args.recommenders or (args.recommender,):
         found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)} for name in args.variants or known}
@@ -953,7 +966,7 @@ def ablations(args):
 
 
 def plot(folder):
-    """alpha per cell over the epochs, one picture per gate. Without matplotlib the same numbers are in metrics.jsonl."""
+    """alpha per cell over the epochs, one picture per gate: its last seed, its largest lambda. Without matplotlib the same numbers are in metrics.jsonl."""
     if (plt := pyplot()) is None:
         return
     runs = {gate: found[-1] for gate in ("paper", "normalised", "budget", "agreement") if (found := sorted(folder.glob(f"s*/{gate}-*/metrics.jsonl")))}

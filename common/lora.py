@@ -25,7 +25,7 @@ PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": F
 
 class _Down(torch.autograd.Function):
     """x A^T in A's fp32. Autograd would keep the fp32 copy of x, one per layer; this keeps x, which layers beside each other share:
-    a third less memory in a bf16 model."""
+    a third less memory in a bf16 model (with dropout on x there is a copy all the same)."""
 
     @staticmethod
     def forward(ctx, x, A):
@@ -80,7 +80,7 @@ def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0
     if layers(model):
         raise ValueError("this model has LoRA layers already")
     head = model.get_output_embeddings()
-    plain = lambda m: isinstance(m, nn.Linear) and (type(m).forward is nn.Linear.forward or type(m).__name__ == "FalconLinear")   # a router is none
+    plain = lambda m: isinstance(m, nn.Linear) and (type(m).forward is nn.Linear.forward or type(m).__name__ == "FalconLinear")   # the router of a mixture of experts is not one
     linear = {name: m for name, m in model.named_modules() if plain(m) and m is not head}
     if targets == "all-linear":
         chosen, missing = linear, [] if linear else [targets]

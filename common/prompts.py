@@ -1,6 +1,6 @@
 """How items, histories and candidates are written for a language model: the lines that all prompts share.
 
-Titles are data. They are written on one line, shortened, and never parsed back: answers are letters, so that a title
+Titles are data. They are written on one line, shortened, and never parsed back: answers are letters (in lcft.py Yes or No), so that a title
 that holds `</answer>` or a letter of its own cannot be mistaken for one.
 """
 
@@ -12,9 +12,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def item_line(title, categories, limit=80):
     """`mystery, ocean: The Silent Harbor`: at most 4 categories, then the title on one line, shortened, `<` and `>`
     replaced: whoever quotes it cannot write a tag by accident."""
-    title = re.sub(r"\s+", " ", title).strip().replace("<", "‹").replace(">", "›")
+    title = re.sub(r"\s+", " ", title).strip()
     title = title if len(title) <= limit else title[:limit - 1].rstrip() + "…"
-    return f"{', '.join(categories[:4])}: {title}" if categories else title
+    line = f"{', '.join(categories[:4])}: {title}" if categories else title
+    return line.replace("<", "‹").replace(">", "›")
 
 
 def history_lines(lines):

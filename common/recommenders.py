@@ -73,7 +73,6 @@ def mean_of(table, index):
     return ((there / there.sum(-1, keepdim=True).clamp(min=1))[..., None, :] @ look(table, index))[..., 0, :]
 
 
-# A row is fields of D numbers: user, item, the past items, and where items have categories these of the item and of the past.
 class FM(nn.Module):
     """Factorisation machine of order 2 (DeepFM, arXiv 1703.04247): sum over pairs of fields of <e_i, e_j>."""
 
@@ -136,7 +135,8 @@ class CrossNet(nn.Module):
 
 
 class CTR(nn.Module):
-    """Click model: logit = first order (FM family) + crossing + MLP, on the fields (5, or 3 where no item has a category).
+    """Click model: logit = first order (deepfm, xdeepfm, autoint) + crossing + MLP, on fields of D numbers: user, item, the
+    past items, and where items have categories these of the item and of the past (5 fields, else 3).
 
     kind: deepfm, xdeepfm, autoint, dcn, dcnv2, din. They differ in the crossing alone, and DIN in the past: it weighs
     past items by the candidate, all others take their mean. categories (n_items + 1, K): those of each shifted item, 0 =
@@ -150,14 +150,12 @@ class CTR(nn.Module):
         self.kind, self.kinds = kind, 2 if n_categories > 1 else 1         # of an item: its id, its categories
         n_fields = 1 + 2 * self.kinds
         width = n_fields * dim
-        self.user, self.item = nn.Embedding(n_users, dim), nn.Embedding(n_items + 1, dim, padding_idx=0)
-        self.category = nn.Embedding(n_categories, dim, padding_idx=0) if self.kinds == 2 else None
+        self.user, self.item = nn.Embedding(n_users, dim), nn.Embedding(n_items + 1, dim)
+        self.category = nn.Embedding(n_categories, dim) if self.kinds == 2 else None
         self.first_order = nn.ModuleList(nn.Embedding(n, 1) for n in (n_users, n_items + 1, n_categories)[:1 + self.kinds]
                                          if kind in ("deepfm", "xdeepfm", "autoint"))
         for table in filter(None, (self.user, self.item, self.category)):
             nn.init.normal_(table.weight, std=0.01)
-            if table.padding_idx is not None:
-                table.weight.data[0] = 0
         for table in self.first_order:
             nn.init.zeros_(table.weight)
         self.unit = AttentionUnit(self.kinds * dim) if kind == "din" else None

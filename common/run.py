@@ -132,6 +132,9 @@ def parse(Args, doc, argv=None):
             raise ValueError("--seeds names one twice")
         if hasattr(args, "check"):
             args.check()
+        for name in ("seeds", "variants", "recommenders"):
+            if getattr(args, name, ()) and not args.ablations:
+                raise ValueError(f"--{name} goes with --ablations")
     except ValueError as problem:
         parser.error(str(problem))
     return args

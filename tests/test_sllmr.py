@@ -267,7 +267,7 @@ def test_the_encoder_scores_what_reads_like_the_past_higher_and_the_same_whateve
     every = list(range(len(r.data.items)))
     found = {u: s for u, _, s in sllmr.by_encoder(r, {u: every for u in users})}
     assert all(found[u][last[u]] == max(found[u]) and 0 < min(found[u]) and max(found[u]) < 1 for u in users)
-    (u, items, scores), = sllmr.by_encoder(r, {users[0]: every[:9], users[1]: []})            # as when a run is resumed
+    (u, items, scores), = sllmr.by_encoder(r, {users[0]: every[:9]})
     assert (u, items) == (users[0], every[:9]) and scores == pytest.approx(found[u][:9], abs=1e-12)
     assert f"on {2 * r.valid.shape[1]} validation rows" in capsys.readouterr().out
 
@@ -429,7 +429,7 @@ def test_an_endpoint_that_refuses_or_never_answers_is_one_line_and_what_was_paid
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     problem = fails("b", "--api-tries", "1", "--api-timeout", "30")
     assert problem.startswith("error: ") and "--resume goes on" in problem
-    kept = [json.loads(line)["user"] for line in (tmp_path / "b" / "scores.jsonl").read_text().splitlines()]
+    kept = [json.loads(line)["user"] for line in (tmp_path / "b" / "scores.jsonl").read_text().splitlines() if json.loads(line)["score"] is not None]
     assert len(set(kept)) == Faulty.good + Faulty.partly > 0                      # every good answer is there, also those on their way at the end
 
 
@@ -465,6 +465,23 @@ def test_a_score_that_the_llm_always_forgets_is_unknown_and_not_asked_for_again(
     assert sllmr.score(r.args, tmp_path, r) == table and len(asked) == seen
 
 
+def test_a_user_whom_the_llm_declines_to_score_is_unknown_and_stops_nobody_but_an_llm_that_scores_nobody_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    r = rows(scorer="api", api_tries=2, api_pause=0.05, api_parallel=2)
+    wanted = sllmr.candidates(r)
+    declined = sllmr.rank_prompt(r, 1, wanted[1])
+
+    def call(args, key, prompt):
+        n = prompt.count("\n") - prompt.split("titles?")[0].count("\n") - 2
+        return "I'm sorry" if prompt == declined else json.dumps({"scores": [{"id": k, "score": 0.5} for k in range(1, 1 + n)]})
+    monkeypatch.setattr(sllmr, "call", call)
+    table = sllmr.score(r.args, tmp_path / "a", r)
+    assert {pair for pair, s in table.items() if s is None} == {(1, i) for i in wanted[1]} and len(table) == sum(map(len, wanted.values()))
+    monkeypatch.setattr(sllmr, "call", lambda *_: "I'm sorry")
+    with pytest.raises(UserError, match="failed 2 times"):
+        sllmr.score(r.args, tmp_path / "b", r)
+
+
 def test_the_truths_scores_are_the_same_after_a_kill_and_never_those_of_other_settings(tmp_path):
     r = rows()
     straight = sllmr.score(r.args, tmp_path / "a", r)
@@ -472,7 +489,7 @@ def test_the_truths_scores_are_the_same_after_a_kill_and_never_those_of_other_se
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:len(lines) // 2])[:-5])
     assert sllmr.score(r.args, tmp_path / "a", r) == straight
-    with pytest.raises(UserError, match="oracle: .*--overwrite"):
+    with pytest.raises(UserError, match="oracle: .*remove it"):
         sllmr.score(rows(oracle=(1.0, 1.0, 1.0, 1.0)).args, tmp_path / "a", r)
 
 
