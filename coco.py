@@ -688,7 +688,7 @@ def first_level(model, texts):
 
 def adam(args, model, adapter=False, lr=None):
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": args.weight_decay}]
-    return torch.optim.Adam(groups + ([{"params": lora.parameters(model.llm), "lr": llm.rate(args.lora_lr, args.backbone, 1e-3, 1e-4)}] if adapter else []), lr=args.lr if lr is None else lr)
+    return torch.optim.Adam(groups + ([{"params": lora.parameters(model.llm), "lr": llm.suited(args.lora_lr, args.backbone, 1e-3, 1e-4)}] if adapter else []), lr=args.lr if lr is None else lr)
 
 
 def adapt(model, on):

@@ -15,8 +15,8 @@ EQUATIONS (numbers as used below; the paper's eqs. 3-4 are [2]-[3], 7-11 are [5]
   [3] GRPO      L = -E[ min(rho A, clip(rho, 1 +- eps) A) ] + beta KL,  rho = pi / pi_old    -> grpo_loss
   [4] KL        k3 = exp(ref - pi) - (ref - pi) - 1      (log-probabilities)                 -> grpo_loss
   [5] matching  m_ui = MultiHead(query = P_u, keys = values = R_i)                           -> RewardModel.match
-  [6] score     y_ui = MLP[e_u; z_i; DIN(z_i, TransformerEnc(e_S))],  z_i = [e_i; m_ui]      -> RewardModel
-  [7] signal    rho_n = y(u, i; R_i + {o_n}),  one GRPO step,  R_i <- R_i - {r_ui} + {r'_ui} -> correct
+  [6] score     y_ui = MLP[e_u; z_i; DIN(z_i, TransformerEnc(history))],  z_i = [e_i; m_ui]  -> RewardModel
+  [7] signal    r_n = y(u, i; R_i + {o_n}), o_n the n-th sampled reason; then u's reason in R_i is rewritten -> correct
 
 CHECKED BY, in tests/
   [1] test_rules_by_hand
@@ -25,19 +25,20 @@ CHECKED BY, in tests/
   [4] test_k3_is_never_negative_and_its_gradients_are_the_two_kl_directions
   [5] test_scores_are_finite_without_reasons_and_do_not_depend_on_their_order_or_empty_slots
   [6] test_training_at_all_times_equals_serving_on_each_prefix
-  [7] test_a_list_of_reasons_replaces_the_authors_own_and_drops_the_oldest
+  [7] test_correction_asks_from_each_choices_past_and_puts_what_it_learned_in_its_place
+      test_a_list_of_reasons_replaces_the_authors_own_and_drops_the_oldest
 
 DEVIATIONS AND CHOICES. No code and no full text of the paper is public; what follows is a reading of it.
-  - The paper does not give prompts, candidates, group size, learning rates, list bounds or the text encoder's layer.
-    They are flags; the encoder is the mean of the last hidden layer of the LLM as it was after phase 1, frozen:
-    a live encoder would make every stored vector stale at each step of phase 4.
+  - Not given in what is public: prompts, candidates, group size, learning rates, list bounds, the text encoder. All but the
+    prompts and the encoder are flags; the encoder is the mean of the last hidden layer of the LLM as it was after phase 1,
+    frozen: a live encoder would make every stored vector stale at each step of phase 4.
   - The leaks are closed: a reason written from the interaction (u, i) is masked when (u, i) is trained or evaluated, negatives
     in training have one hidden as often (see match), and nothing is ever written from validation or test interactions. Negatives
     to train with may be held-out items: were these spared, a user would never be pushed away from them alone. What stays: a
     first pattern is written from the end of the training history, so that it may name a training target, never a held-out one.
   - The score [6] has parts of its own beside the MLP: <z, last state of the encoder>, a bias per item that starts at the log of
     its popularity, u * z as an input, and the pattern speaks for the user as well as for the query. Texts' vectors are whitened.
-  - A reason that is empty or cut off is worth the score without a new reason, minus 1.
+  - A sampled reason that is empty or cut off is worth the score without a new reason, minus 1.
   - "Without update" steps the LLM, keeps the best sampled reason and rewrites neither pattern nor reason.
   - The signal [7] is the logit in fp32, not its sigmoid, which saturates and then has no differences to learn from.
   - A pass over all interactions of ML-1M would be 7.9 million generations; --correct-events takes the latest ones.
@@ -97,7 +98,7 @@ class Args:
     # -- backbone
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     prompt_history: int = 10  # titles of the user's history in a prompt
-    llm_batch: int = 32  # prompts per generation batch
+    llm_batch: int = 64  # texts at once when they are written or encoded; a GRPO step's prompts are sampled all at once
     # -- lora
     lora_targets: str = "all-linear"  # comma-separated names of linear layers, or all-linear
     lora_rank: int = 16  # rank r of the adapter
@@ -107,33 +108,33 @@ class Args:
     align_steps: int = 80  # GRPO steps
     align_prompts: int = 16  # prompts a step
     candidates: int = 5  # candidates in a prompt: the next item and random unseen ones
-    weights: tuple[float, ...] = (0.1, 0.1, 1.0)  # of the rewards for format, for a legal answer, for the right one: w_f, w_l, w_c of eq. 1
+    weights: tuple[float, ...] = (0.1, 0.1, 1.0)  # of the rewards for format, for a legal answer, for the right one: w_f, w_l, w_c in [1]
     eval_prompts: int = 512  # held-out alignment prompts, of validation and of test users
     # -- GRPO (phases 1 and 4)
     group: int = 8  # G, completions per prompt
     temperature: float = 1.0  # of sampling, and of the log-probabilities
-    align_tokens: int = 64  # longest thought and answer
-    clip: float = 0.2  # ε, PPO's clip range
+    align_tokens: int | None = None  # longest thought and answer (default 256; 64 for tiny)
+    clip: float = 0.2  # ε, PPO's clip range; rollouts are used once, so that ρ = 1 and it never acts
     beta: float = 1e-3  # β, weight of the KL to the reference
     kl: Literal["k3", "k3-unbiased", "exact"] = "k3"  # estimator; k3-unbiased multiplies by ρ (reverse-KL gradient)
     length_norm: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # grpo: mean per completion | dapo: mean per token | dr_grpo: sum over the longest
     advantage_scale: Literal["group", "none"] = "group"  # divide by the group's std (literal) or only centre
     zero_std: Literal["keep", "drop"] = "keep"  # groups of equal rewards: keep in the mean, or drop
-    lr: float | None = None  # of GRPO (default 1e-5; 2e-3 for tiny)
+    lr: float | None = None  # of GRPO (default 1e-5; 2e-3 for tiny); in phase 1 it rises over 10 steps, then falls to 0
     max_grad_norm: float = 1.0  # gradient clipping
     micro_batch: int | None = None  # prompts, with their completions, at once in a step: less memory, same result (default: 4 on CUDA, else all)
     # -- texts (phase 2)
     reasons: int = 3  # written per item in phase 2, each from another training interaction
     max_reasons: int = 6  # most reasons an item keeps; the oldest goes
-    text_tokens: int = 40  # longest pattern or reason
+    text_tokens: int | None = None  # longest pattern or reason (default 96; 40 for tiny)
     texts: Literal["llm", "data"] = "llm"  # data is an ablation: the lines that the LLM would have read, instead of what it writes
     random_reasons: bool = False  # ablation: deal the reasons out to other items
     # -- reward model (phase 3)
     features: Literal["both", "ids", "text"] = "both"  # both, or the ablations: ids only, text only
     text_dim: int = 64  # dimensions kept of a text's vector
-    history_text: bool = False  # past items carry their reasons too (a), not only the candidate (b)
+    history_text: bool = False  # past items carry their reasons, too, not only the candidate
     dim: int = 64  # width of the embeddings
-    heads: int = 2  # attention heads, of eq. 5 and of the Transformer
+    heads: int = 2  # attention heads, in [5] and in the Transformer
     layers: int = 1  # Transformer layers over the history
     max_history: int = 50  # items of the history that the reward model reads
     dropout: float = 0.2  # in the reward model
@@ -145,7 +146,7 @@ class Args:
     weight_decay: float = 0.01  # of the reward model's matrices and embeddings
     rm_epochs: int = 30  # most epochs
     rm_patience: int = 6  # epochs without a better validation NDCG@10
-    rm_valid_users: int = 1000  # users that validation ranks for
+    rm_valid_users: int = 1000  # most users that validation ranks for, evenly spaced: every k-th
     # -- correction (phase 4)
     correct: bool = True  # --no-correct is the ablation without correction
     update: bool = True  # --no-update keeps the best sampled reason and rewrites neither pattern nor reason
@@ -166,6 +167,10 @@ class Args:
             raise ValueError(f"--variants {','.join(sorted(unknown))}: among {','.join(VARIANTS)}")
         if "full" not in self.variants and (heirs := [name for name in self.variants if VARIANTS[name][1]]):
             raise ValueError(f"--variants {','.join(heirs)}: needs full too, whose LLM it takes over")
+        if self.ablations and not (self.align and self.correct and self.features == "both"):
+            raise ValueError("--ablations switches phases and features itself: leave --no-align, --no-correct and --features out")
+        if self.refit and not (self.correct and self.features != "ids"):
+            raise ValueError("--refit follows phase 4: it needs texts and correction")
         if self.recommend and not self.run:
             raise ValueError("--recommend needs --run FOLDER of a finished run")
         if (self.random_reasons or self.texts == "data") and self.correct:
@@ -204,13 +209,13 @@ class RewardModel(nn.Module):
         self.first = nn.Linear(4 * D, 64)                        # MLP on [u; z; u * z; DIN(z, H)]
         self.rest = nn.Sequential(nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
         self.bias = nn.Embedding(n_items + 1, 1, padding_idx=0)
-        nn.init.zeros_(self.rest[-1].weight)                     # at the start the score is the popularity (see set_priors)
+        nn.init.zeros_(self.rest[-1].weight)                     # the MLP starts as a constant
         self.drop = nn.Dropout(args.dropout)
-        self.register_buffer("told", torch.zeros(n_items))
+        self.register_buffer("told", torch.zeros(n_items))       # per item: how often a positive has one of its reasons hidden
 
     def set_priors(self, texts, logs):
         """Set what is known before training. The item bias starts at the log of the training popularity: that is what
-        BCE against uniform negatives converges to first. told: the share of an item's training users who wrote one of
+        BCE against uniform negatives converges to first (softmax ignores the shift). told: the share of an item's training users who wrote one of
         its reasons, which is how often a positive has a masked one (see match)."""
         count = logs.item_counts()
         self.bias.weight.data[1:, 0] = torch.from_numpy(np.log((count + 1) / (count + 1).mean())) - math.log(self.args.negatives)
@@ -224,13 +229,13 @@ class RewardModel(nn.Module):
         """Keys and values of all reasons, (I, M, D) each: computed once where the whole catalogue is scored."""
         return self.key(texts.reasons), self.value(texts.reasons)
 
-    def match(self, users, items, texts, extra=None, tables=None, return_weights=False, blind=False):
+    def match(self, users, items, texts, extra=None, tables=None, return_weights=False, hide_one=False):
         """m_ui: multi-head attention, query = pattern, keys and values = the item's reasons. users (B,), items (B, C)
         -> (B, C, D), or the weights (B, C, heads, 1 + M (+ 1)).
 
         The reason that u's own interaction with i produced is masked, or every positive would carry its own label.
         The first key is learned and stands for "no reason": an item without reasons is finite. extra (B, C, K) is
-        one more reason per pair, never masked: the candidate that phase 4 wants to have judged. blind: these are the
+        one more reason per pair, never masked: the candidate that phase 4 wants to have judged. hide_one: these are the
         negatives of training; one of their reasons is hidden as often as one of a positive's is, or a missing reason
         would tell the label as well.
         """
@@ -244,9 +249,9 @@ class RewardModel(nn.Module):
             keys, values = tables[0][index], tables[1][index]
         author = texts.author[index]                                                         # (B, C, M)
         hidden = (author < 0) | (author == users[:, None, None])
-        if blind:
-            lot = torch.rand(author.shape, device=author.device).masked_fill(author < 0, -1.0)
-            drawn = (lot == lot.amax(-1, keepdim=True)) & (torch.rand(B, C, 1, device=lot.device) < self.told[index][..., None])
+        if hide_one:
+            draw = torch.rand(author.shape, device=author.device).masked_fill(author < 0, -1.0)
+            drawn = (draw == draw.amax(-1, keepdim=True)) & (torch.rand(B, C, 1, device=draw.device) < self.told[index][..., None])
             hidden = hidden | drawn
         keys, values = [self.no_reason_key.expand(B, C, 1, D), keys], [self.no_reason_value.expand(B, C, 1, D), values]
         if extra is not None:
@@ -261,13 +266,13 @@ class RewardModel(nn.Module):
         return (weights[..., None, :] @ split(values)).reshape(B, C, D)
 
     # [6] ------------------------------------------------------------------------------------------------------------
-    def z(self, users, items, texts, extra=None, tables=None, blind=False):
+    def z(self, users, items, texts, extra=None, tables=None, hide_one=False):
         """[e_i; m_ui] -> (B, C, D); with --features ids or text one half is zero."""
         e = self.drop(self.item(items))
         e = torch.zeros_like(e) if self.args.features == "text" else e
         if self.args.features == "ids":
             return self.join(torch.cat([e, torch.zeros_like(e)], -1))
-        return self.join(torch.cat([e, self.match(users, items, texts, extra, tables, blind=blind)], -1))
+        return self.join(torch.cat([e, self.match(users, items, texts, extra, tables, hide_one=hide_one)], -1))
 
     def u(self, users, texts):
         e = self.drop(self.user(users)) if self.args.features != "text" else 0.0
@@ -276,7 +281,7 @@ class RewardModel(nn.Module):
     def past(self, users, history, texts):
         """H_u (B, L, D): causal Transformer over the history, so that H_t knows items up to t and none after."""
         tokens = self.item(history)
-        if self.args.features == "text" or self.args.history_text:       # reading (a): past items carry their reasons
+        if self.args.features == "text" or self.args.history_text:       # past items carry their reasons, too
             own = torch.zeros_like(tokens) if self.args.features == "text" else tokens
             m = self.match(users, history.clamp(min=1), texts)
             tokens = self.join(torch.cat([own, m], -1))
@@ -290,7 +295,7 @@ class RewardModel(nn.Module):
         wu, wz, wx, _ = self.first.weight.split(self.args.dim, dim=1)
         flat = z @ wz.T + (u[:, None] * z) @ wx.T + (u @ wu.T)[:, None] + self.first.bias     # (B, C, 64)
         bias = self.bias(items)[..., 0]
-        while pooled.dim() > flat.dim():                                                     # one candidate, many times t
+        if pooled.dim() > flat.dim():                                                        # one candidate, many times t
             flat, bias = flat[:, :, None], bias[:, :, None]
         return self.rest(flat + pooled)[..., 0] + state + bias
 
@@ -318,7 +323,7 @@ class RewardModel(nn.Module):
         z = self.z(users, sequence.clamp(min=1), texts)
         pooled = (self.unit.weights(z, H) * earlier) @ of_past
         positive = self.head(users, sequence, texts, z, u, pooled, (z * before).sum(-1))
-        zn = self.z(users, negatives, texts, blind=self.training)
+        zn = self.z(users, negatives, texts, hide_one=self.training)
         shares = self.unit.weights(zn, H)[:, :, None] * earlier                               # (B, K, L, L)
         running = (shares.flatten(1, 2) @ of_past).view(*shares.shape[:3], -1)                # (B, K, L, 64)
         negative = self.head(users, negatives, texts, zn, u, running, zn @ before.transpose(1, 2))
@@ -455,12 +460,12 @@ def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k
 
 
 def recommendation_loss(positive, negative, kind="softmax", log_q=None):
-    """Of an interaction against K unseen items: positive (B, L), negative (B, L, K) logits -> (B, L).
-    log_q ((B, L), (B, 1, K)): how likely the sampler draws each; without it, all alike. Subtracted from both, as in training, it
-    makes the optimum that of the softmax over the catalogue, whatever the sampler (Bengio and Senecal 2003).
+    """Of an interaction against K unseen items: positive (B, L), negative (B, L, K) logits -> (B, L). The paper names no loss.
 
-    The paper does not name its loss. softmax: -log of the positive's share among the 1 + K, which puts the weight on
-    the negatives that rank high. bce: the mean binary cross-entropy of the 1 + K labels.
+    softmax: -log of the positive's share among the 1 + K, which puts the weight on the negatives that rank high.
+    bce: the mean binary cross-entropy of the 1 + K labels.
+    log_q = ((B, L), (B, 1, K)): log-probability of each item under the sampler, subtracted from its logit (logQ correction,
+    Bengio and Senecal 2003), so that the optimum is the same for every sampler. None: all alike.
     """
     if log_q is not None:
         positive, negative = positive - log_q[0], negative - log_q[1]
@@ -479,11 +484,13 @@ class Policy:
         self.model, self.tokenizer = llm.load(args.backbone, device, dtype)
         lora.inject(self.model, args.lora_targets, args.lora_rank, args.lora_alpha, 0.0, seed=args.seed)   # no dropout in RL
         self.eos = llm.eos_ids(self.model, self.tokenizer)
+        self.align_tokens = llm.suited(args.align_tokens, args.backbone, 64, 256)
+        self.text_tokens = llm.suited(args.text_tokens, args.backbone, 40, 96)
         self.start()
 
     def start(self):
         """A fresh optimiser on the adapter as it is: AdamW without weight decay."""
-        self.lr = llm.rate(self.args.lr, self.args.backbone, 2e-3, 1e-5)
+        self.lr = llm.suited(self.args.lr, self.args.backbone, 2e-3, 1e-5)
         self.optimizer = torch.optim.AdamW(lora.parameters(self.model), lr=self.lr, weight_decay=0.0)
 
     def tokens(self, prompt):
@@ -493,7 +500,7 @@ class Policy:
         """One text per prompt, greedy or sampled at temperature 1; a pure function of (weights, prompts, key)."""
         order = np.argsort([len(p) for p in prompts], kind="stable")          # like lengths share a batch
         texts = [""] * len(prompts)
-        size = self.args.llm_batch * 2
+        size = self.args.llm_batch
         for start in progress(range(0, len(prompts), size), desc, -(-len(prompts) // size)):
             part = order[start:start + size]
             out = llm.rollout(self.model, [self.tokens(prompts[k]) for k in part], n=1, max_new_tokens=max_tokens,
@@ -556,7 +563,7 @@ class Policy:
         return stats | extra | {"loss": loss, "grad_norm": float(norm)}
 
 
-# 7 ---------------------------------------------------------------------------------------------------- evaluation
+# 7 ---------------------------------------------------------------------------------------------------- evaluation, and phases 1 to 4
 @torch.no_grad()
 def rank_all(args, model, logs, texts, which, limit=None):
     """Full ranking of the held-out item among all items the user has not had before. which: "valid" or "test"."""
@@ -578,7 +585,7 @@ def rank_all(args, model, logs, texts, which, limit=None):
 # phase 1 ------------------------------------------------------------------------------------------------------------
 def evaluate_alignment(policy, prompts, targets, desc):
     """Greedy answers to held-out prompts -> {"format", "legal", "correct"}: rates."""
-    texts = policy.write(prompts, policy.args.align_tokens, "judge", desc=desc)
+    texts = policy.write(prompts, policy.align_tokens, "judge", desc=desc)
     rates = np.mean([rule_rewards(t, policy.args.candidates, k) for t, k in zip(texts, targets)], axis=0)
     return dict(zip(("format", "legal", "correct"), (round(float(r), 4) for r in rates)))
 
@@ -613,7 +620,7 @@ def align(args, run, policy, logs):
         pick = rng.integers(0, len(users), args.align_prompts)
         prompts, targets = align_examples(logs, users[pick], positions[pick], args.candidates, cuda.key_seed(args.seed, "candidates", step) % 2**31, seen)
         prompts, targets = prompts[rank::world], targets[rank::world]
-        tokens, out, texts = policy.sample(prompts, args.align_tokens, ("align", step, rank))
+        tokens, out, texts = policy.sample(prompts, policy.align_tokens, ("align", step, rank))
         rules = torch.tensor([[rule_rewards(t, args.candidates, k) for t in group] for group, k in zip(texts, targets)],
                              dtype=torch.float32)                             # (B, G, 3)
         stats = policy.step(tokens, out, rules @ torch.tensor(args.weights), lr_scale=min((step + 1) / 10, 1 - step / args.align_steps))
@@ -664,11 +671,11 @@ class Texts:
         """Means of both kinds, and their common principal directions scaled to unit variance (over K: unit length)."""
         K = self.reasons.shape[2]
         self.mean = torch.stack([patterns.mean(0), reasons.mean(0) if len(reasons) else patterns.mean(0)])
-        centred = torch.cat([patterns - self.mean[0], reasons - self.mean[1]]).double()
+        centred = torch.cat([patterns - self.mean[0], reasons - self.mean[1]]).cpu().double()
         size, direction = torch.linalg.eigh(centred.T @ centred / len(centred))               # ascending
         size, direction = size.flip(0)[:K], direction.flip(1)[:, :K]
         basis = direction / (size.clamp(min=0) + 1e-3 * size[0] + 1e-12).sqrt() / math.sqrt(K)
-        self.basis = F.pad(basis, (0, K - basis.shape[1])).float()
+        self.basis = F.pad(basis, (0, K - basis.shape[1])).float().to(patterns.device)
 
     def whiten(self, vectors, kind):
         """Encoder's vectors (.., Dt) of patterns (kind 0) or reasons (kind 1) -> (.., K)."""
@@ -724,38 +731,30 @@ class Texts:
                                     f"user {logs.data.users[entry['author']]}'s held-out interaction")
 
 
-def occurrence(values):
-    """For each entry how many equal ones stand before it: [5, 7, 5] -> [0, 0, 1]."""
-    order = np.argsort(values, kind="stable")
-    ranked = values[order]
-    start = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
-    count = np.arange(len(values)) - np.repeat(start, np.diff(np.r_[start, len(values)]))
-    out = np.empty(len(values), dtype=int)
-    out[order] = count
-    return out
-
-
 def write_texts(args, run, policy, logs):
     """Phase 2: a pattern per user from the training history, reasons per item from some of its training users."""
     data = logs.data
     users, positions = logs.train_events()
     items = logs.item_at(users, positions)
     rng = np.random.default_rng([args.seed, 13])
-    shuffled = rng.permutation(len(users))
-    nth = occurrence(items[shuffled])                                         # 0 for an item's first, 1 for its second
-    chosen = np.sort(shuffled[nth < args.reasons])
+    chosen, n_chosen = [], np.zeros(len(data.items), dtype=int)
+    for e in rng.permutation(len(users)):                                     # at most --reasons interactions of each item
+        if n_chosen[items[e]] < args.reasons:
+            n_chosen[items[e]] += 1
+            chosen.append(e)
+    chosen = np.sort(chosen)                                                  # in time order again
     if args.texts == "data":
         patterns = ["; ".join(logs.history(u, logs.n_train[u])) for u in range(len(data.users))]
         reasons = [logs.lines[items[e]] for e in chosen]
     else:
         patterns = policy.write([pattern_prompt(logs.history(u, logs.n_train[u])) for u in range(len(data.users))],
-                                args.text_tokens, "pattern", desc="patterns")
+                                policy.text_tokens, "pattern", desc="patterns")
         patterns = [clean_text(t) for t in patterns]
         reasons = policy.write([reason_prompt(logs.history(users[e], positions[e]), patterns[users[e]],
                                               logs.lines[items[e]]) for e in chosen],
-                               args.text_tokens, "reason", sample=True, desc="reasons")
+                               policy.text_tokens, "reason", sample=True, desc="reasons")
         reasons = [clean_text(t) for t in reasons]
-    vectors = llm.encode(policy.model, policy.tokenizer, patterns + reasons, args.llm_batch * 2)
+    vectors = llm.encode(policy.model, policy.tokenizer, patterns + reasons, args.llm_batch)
     texts = Texts(len(data.users), len(data.items), args.max_reasons, args.text_dim, policy.device)
     texts.fit(vectors[:len(patterns)], vectors[len(patterns):])
     for u, text in enumerate(patterns):
@@ -802,7 +801,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     model = RewardModel(args, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device)
     model.set_priors(texts, logs)
     decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "bias" not in n]
-    rest = [p for n, p in model.named_parameters() if not (p.ndim > 1 and "bias" not in n)]
+    rest = [p for n, p in model.named_parameters() if p.ndim == 1 or "bias" in n]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], lr=args.rm_lr)
     L = args.max_history
@@ -909,13 +908,13 @@ def correct(args, run, policy, logs, reward_model, texts):
 
     def encode(written):
         with lora.swapped(policy.model, aligned):
-            return llm.encode(policy.model, policy.tokenizer, written, args.llm_batch * 2)
+            return llm.encode(policy.model, policy.tokenizer, written, args.llm_batch)
 
     for b in progress(range(first, len(batches)), "correct", len(batches), initial=first):
         events = batches[b]
         u, p, i = users[events], positions[events], items[events]
-        prompts = [reason_prompt(logs.history(*up), texts.pattern[up[0]], logs.lines[k]) for up, k in zip(zip(u, p), i)]
-        tokens, out, groups = policy.sample(prompts, args.text_tokens, ("correct", b))
+        prompts = [reason_prompt(logs.history(x, y), texts.pattern[x], logs.lines[k]) for x, y, k in zip(u, p, i)]
+        tokens, out, groups = policy.sample(prompts, policy.text_tokens, ("correct", b))
         groups = [[clean_text(t) for t in group] for group in groups]
         flat = texts.whiten(encode([t for group in groups for t in group]), 1).view(len(u), args.group, -1)  # (B, G, K)
         before, scores = reward_model.rewards(logs, texts, u, p, i, flat)       # (B,), (B, G) fp32 logits
@@ -929,7 +928,7 @@ def correct(args, run, policy, logs, reward_model, texts):
                     texts.put_reason(i[k], u[k], groups[k][best], flat[k, best], "correct")
         else:
             written = policy.write([pattern_prompt(logs.history(x, y + 1)) for x, y in zip(u, p)] + prompts,
-                                   args.text_tokens, "update")
+                                   policy.text_tokens, "update")
             written = [clean_text(t) for t in written]
             vectors = encode(written)
             for k in range(len(u)):
@@ -1071,7 +1070,7 @@ def show(result):
     if "align" in result:
         a = result["align"]
         print(f"alignment: correct answers among {round(1 / a['chance'])} candidates {a['before']['correct']:.3f} -> "
-              f"{a['after']['correct']:.3f} (chance {a['chance']:.3f}), legal format {a['before']['legal']:.3f} -> "
+              f"{a['after']['correct']:.3f} (chance {a['chance']:.3f}), legal answers {a['before']['legal']:.3f} -> "
               f"{a['after']['legal']:.3f}")
 
 

@@ -620,7 +620,7 @@ def train(args):
         host.mf.load_state_dict(run.load("mf")[0])
         host.mf.requires_grad_(False)
         result["mf"] = run.done("mf")
-    lr = llm.rate(args.lr, args.backbone, 2e-3, 1e-4)
+    lr = llm.suited(args.lr, args.backbone, 2e-3, 1e-4)
     part = (lambda: lora.state(host.model), lambda t: lora.load_state(host.model, t), adapter)
     if not run.done("lora"):
         record = stage(args, run, host, "lora", part, lr, args.kl if args.kl_stages != "map" or not collm else "off")

@@ -337,7 +337,7 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
     held-out choice is ever a Yes; the AUC on some of validation's 1:1 rows is printed."""
     args, rng, train = rows.args, np.random.default_rng([rows.args.seed, 79]), rows.train.T.cpu().numpy()
     lora.inject(model, seed=args.seed)
-    rate = llm.rate(args.tune_lr, args.backbone, 2e-3, 1e-4)
+    rate = llm.suited(args.tune_lr, args.backbone, 2e-3, 1e-4)
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=rate, weight_decay=0.0)
     for step in progress(range(args.tune_steps), "tuning", args.tune_steps):
         prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place) for u, place, i, j in train[rng.integers(0, len(train), batch)]])

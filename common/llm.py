@@ -39,8 +39,8 @@ def is_bundled(name):
     return name == "tiny" or Path(name).resolve() == TINY.resolve()
 
 
-def rate(given, backbone, bundled, other):
-    """The learning rate of an adapter: as given, or what suits the bundled LLM, or a larger one."""
+def suited(given, backbone, bundled, other):
+    """A setting as given, or else what suits the bundled LLM, or a larger one."""
     return given if given is not None else bundled if is_bundled(backbone) else other
 
 

@@ -95,8 +95,10 @@ def summary(values, digits=6):
 
 
 def shown(cell):
-    """A summary as a cell of a table, 18 wide; None leaves it empty."""
-    return " " * 18 if cell is None else f"{cell['mean']:9.4f} ± {cell['std'] or 0:.4f}"
+    """A summary as a cell of a table, 18 wide: no deviation of a single seed; None leaves it empty."""
+    if cell is None:
+        return " " * 18
+    return f"{cell['mean']:9.4f}" + (" " * 9 if cell["std"] is None else f" ± {cell['std']:.4f}")
 
 
 def mean_std(values):

@@ -178,6 +178,8 @@ def test_training_at_all_times_equals_serving_on_each_prefix(features):
         want = model(users, prefix, candidates, texts)
         assert torch.allclose(positive[:, t], want[:, 0], atol=1e-4)
         assert torch.allclose(negative[:, t], want[:, 1:], atol=1e-4)
+    model.train().told.fill_(1.0)                                 # in training, negatives have a reason hidden
+    assert torch.equal(model.forward_all_times(users, sequence, negatives, texts)[1], negative) == (features == "ids")
 
 
 def test_the_future_influences_no_earlier_score():
@@ -363,7 +365,7 @@ def test_a_masked_reason_is_as_frequent_among_negatives_as_among_positives(dealt
         among_positives = (len(texts.reason[i]) - shown.sum(1).float()).mean()
         other = torch.as_tensor([next(u for u in range(80) if u not in chose)]).expand(4000)
         torch.manual_seed(0)
-        shown = model.match(other, torch.full((4000, 1), i + 1), texts, return_weights=True, blind=True)[:, 0, 0, 1:] > 0
+        shown = model.match(other, torch.full((4000, 1), i + 1), texts, return_weights=True, hide_one=True)[:, 0, 0, 1:] > 0
         among_negatives = (len(texts.reason[i]) - shown.sum(1).float()).mean()
         assert (among_positives > 0 or dealt) and abs(among_positives - among_negatives) < 0.03
 
@@ -475,6 +477,7 @@ def test_a_step_has_the_policy_gradient_of_plain_forward_passes_in_parts_as_well
     for policy.args.micro_batch in (None, 1):
         policy.step(tokens, out, rewards)
         found.append([p.grad.clone() for p in lora.parameters(policy.model)])
+    assert abs(policy.step(tokens, out, rewards, reference=lora.state(policy.model))["kl"]) < 1e-6 < policy.step(tokens, out, rewards)["kl"]
     policy.optimizer.zero_grad()
     for prompt, group, lengths, adv in zip(tokens, out.tokens, out.lengths, curec.advantages(rewards)):
         for completion, n, a in zip(group, lengths, adv):
@@ -540,9 +543,32 @@ def test_no_prompt_of_the_texts_holds_a_held_out_choice_and_the_aligned_llm_stay
     before = len(prompts)
     curec.correct(args, run, policy, logs, model, texts)
     assert before > 80 and len(prompts) > before + 400 and not any("HELD OUT" in p for p in prompts)
+    assert not any("- " + p.split("then chose: ")[1].split("\n")[0] + "\n" in p for p in prompts if "then chose: " in p)
     assert set(encoders) == {aligned} and len(references) > 1 and adapter() != aligned
     assert all(torch.equal(next(iter(r.values())), next(iter(references[0].values()))) for r in references)
     assert float(next(iter(references[0].values())).sum()) == aligned
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_correction_asks_from_each_choices_past_and_puts_what_it_learned_in_its_place(update, tmp_path, monkeypatch):
+    args, policy = small_policy(run=str(tmp_path / "r"), group=2, correct_events=30, correct_batch=8, update=update)
+    logs, asked, rewritten, rewards = curec.prepare(args), [], [], []
+    texts = curec.Texts(len(logs.n_train), len(logs.data.items), 3, 64, "cpu")
+    texts.pattern, texts.mean[1] = ["old"] * len(logs.n_train), 1.0
+    cut = lambda n: types.SimpleNamespace(truncated=torch.tensor([[True, False]] * n))
+    monkeypatch.setattr(policy, "sample", lambda prompts, *_: asked.extend(prompts) or ([], cut(len(prompts)), [["cut", "best"]] * len(prompts)))
+    monkeypatch.setattr(policy, "write", lambda prompts, *_: rewritten.extend(prompts) or ["old"] * len(prompts))
+    monkeypatch.setattr(policy, "step", lambda tokens, out, given, **_: rewards.extend(given.tolist()) or {})
+    monkeypatch.setattr(curec.llm, "encode", lambda model, tokenizer, some, size: torch.full((len(some), 64), 3.0))
+    model = types.SimpleNamespace(rewards=lambda logs, texts, u, p, i, extra: (torch.zeros(len(u)), torch.full(extra.shape[:2], 5.0)))
+    curec.correct(args, Run(args, "curec", "x"), policy, logs, model, texts)
+    users, positions = (x[-30:] for x in logs.train_events())
+    prompts = [curec.reason_prompt(logs.history(u, p), "old", logs.lines[logs.item_at(u, p)]) for u, p in zip(users, positions)]
+    patterns = [curec.pattern_prompt(logs.history(u, p + 1)) for u, p in zip(users, positions)]
+    assert sorted(asked) == sorted(prompts) and sorted(rewritten) == sorted(prompts + patterns if update else [])
+    assert rewards == [[-1.0, 5.0]] * 30                          # a reason that was cut off: the score without it, minus 1
+    assert {r["text"] for entries in texts.reason for r in entries} == {"old" if update else "best"}
+    assert (texts.reasons[texts.author >= 0] == 2).all() and (texts.patterns[users] == (3 if update else 0)).all()
 
 
 @pytest.mark.parametrize("which", ["valid", "test"])
@@ -576,11 +602,14 @@ def test_the_reward_of_a_reason_depends_on_nothing_at_or_after_its_choice():
     assert not torch.equal(before, model.rewards(logs, texts, u, p, i, extra)[0])
 
 
-def test_the_reward_model_that_stays_is_the_one_that_validation_liked_best(tmp_path):
+def test_the_reward_model_that_stays_is_the_one_that_validation_liked_best(tmp_path, monkeypatch):
     args = curec.Args(**SMALL | dict(features="ids", rm_epochs=6, rm_lr=0.05, run=str(tmp_path / "r")))
     logs, run = curec.prepare(args), None
     run = Run(args, "curec", "x")
     texts = curec.Texts(len(logs.n_train), len(logs.data.items), 3, 8, "cpu")
+    draw, spared = curec.datasets.negatives, []
+    monkeypatch.setattr(curec.datasets, "negatives", lambda data, u, n, seed, seen=None, *rest: spared.append(seen) or draw(data, u, n, seed, seen, *rest))
     model = curec.fit_or_load(args, run, logs, texts, torch.device("cpu"))
+    assert all(np.array_equal(seen, logs.train_keys()) for seen in spared)              # held-out items are not spared
     valid = [json.loads(line)["valid_ndcg10"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert max(valid) > valid[-1] and curec.rank_all(args, model, logs, texts, "valid")["ndcg@10"] == pytest.approx(max(valid), abs=1e-5)
