@@ -61,7 +61,7 @@ def measure(name, command, unit, bar):
 
 def table(results):
     """results.json -> the lines of the README's table and of what stands below it."""
-    lines = ["| what | ours / peer | both sides | bar |", "| --- | --- | --- | --- |"]
+    lines = ["| what | ours / peer | both sides | aim |", "| --- | --- | --- | --- |"]
     for r in results["rows"]:
         if "failed" in r:
             lines.append(f"| {r['name']} | failed | {r['failed']} | |")
@@ -71,7 +71,7 @@ def table(results):
             low, high = r[f"{key.removesuffix('_s')}_spread_s"]
             sides.append(f"{key.removesuffix('_s')} {r[key]:.3g} s ({low:.3g} to {high:.3g})")
         miss = "held" if r["held"] else f"missed by {abs(r['ratio'] - abs(r['bar'])):.2f}"
-        lines.append(f"| {r['name']} | {r['ratio']:.2f} {r['unit']} | {', '.join(sides)} | {abs(r['bar']):g}: {miss} |")
+        lines.append(f"| {r['name']} | {r['ratio']:.3g} {r['unit']} | {', '.join(sides)} | {abs(r['bar']):g}: {miss} |")
     v = results["versions"]
     return [*lines, "", "Measured with " + ", ".join(f"{name} {x}" for name, x in v.items() if x) + "; commit " + ", ".join(sorted({r["commit"] or "none" for r in results["rows"] if "commit" in r})) + "."]
 
