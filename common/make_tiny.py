@@ -1,6 +1,6 @@
 """Make the bundled backbone `common/tiny/`: a Qwen2-architecture causal LM of about 1 M parameters.
 
-    python -m common.make_tiny --out common/tiny          (about half an hour on 2 cores, minutes on a GPU)
+    python -m common.make_tiny --out common/tiny          (half an hour on 2 cores; the bundled one took four such runs, see its README.md)
 
 It is pretrained on text that this file generates, and on nothing else: descriptions of items, and single skills on
 random invented catalogues and on the toy world's catalogue, in the formats that the scripts prompt with. It never
@@ -317,8 +317,7 @@ def skills(model, tokenizer, world, seed=10**6, n=1024):
 CARD = """# tiny
 
 A Qwen2-architecture causal LM of {parameters:,} parameters with its own byte-level BPE tokenizer ({vocab:,} tokens),
-trained on text that `common/make_tiny.py` generates ({made}; a sitting after
-the first goes on with `--init`; `make backbone` trains a new one). It knows single skills and has never seen who likes what. It is a teaching and test
+trained on text that `common/make_tiny.py` generates ({made}; each later run continued with `--init`; `make backbone` trains a new one). It knows single skills and has never seen who likes what. It is a teaching and test
 device: it writes short templated English and knows nothing of the world. Same licence as this repository.
 
 Exact match on {n:,} fresh prompts (random catalogues and the toy world's), greedy:
