@@ -3,7 +3,7 @@
 VENV := .venv
 READY := $(if $(PYTHON),,$(VENV)/ready)
 PYTHON ?= $(VENV)/bin/python
-.PHONY: demo test bench bench-gpu backbone results clean
+.PHONY: demo test bench bench-gpu backbone results
 
 demo: $(READY)
 	$(PYTHON) curec.py --data toy --backbone tiny --align-steps 60 --run runs/demo --overwrite
@@ -38,6 +38,3 @@ $(VENV)/ready-bench: requirements-bench.txt $(VENV)/ready-test
 	$(VENV)/bin/python -m pip install -q -r requirements-bench.txt
 	$(VENV)/bin/python -m pip install -q --no-deps deepctr-torch==0.3.0
 	touch $@
-
-clean:
-	rm -rf runs .pytest_cache

@@ -9,17 +9,18 @@ history; what it says is fused into the state. Then a judge looks where this mad
   3 judge         whose choices are predicted worse with the LLM's knowledge than without?
   4 eliminate     LoRA on these users' texts, for these users; then the held-out texts are read and their vectors kept
 
-EQUATIONS (u a user, x_u the text of the history, h_u the behavioural state, s(u, i) the logit of an item)
+EQUATIONS (u a user, x_u the text of the history, h_u the behavioural state, s(u, i) the logit of an item,
+CTR the base model, sg stop-gradient, c_k the K codes)
   [1] state       h_u = W [e_u; mean of e_j over the past]                                       -> CoCo.state
-  [2] code        z_u = BatchNorm(W_q h_u), k = argmin |z_u - c_k|^2, value c_k, gradient to both:
+  [2] code        z_u = BatchNorm(W_q h_u), c the code nearest to z_u, passed on with gradient to both:
                   c + (z - sg z)                                                                 -> Codebook
-  [3] prompt      P_u = words + size * reshape(W_p c), O_u = LLM([P_u; x_u])                     -> CoCo.prompt, CoCo.read
-  [4] extraction  MLP(mean softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3), P and O normalised    -> Extract
+  [3] prompt      P_u = words + (their std) * reshape(W_p c), O_u = LLM([P_u; x_u])                     -> CoCo.prompt, CoCo.read
+  [4] extraction  k = MLP(mean softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3), P and O normalised    -> Extract
   [5] fusion      k_u = sigmoid(W_g [h; k]) k, h+ = h + k_u, s+ = CTR(h+) + <k_u, W_t t_i>       -> CoCo.score
   [6] phase 2     L = rec(s+) + rec(s-) + mse(sg z, c) + beta mse(z, sg c), s- = CTR(h)          -> loss_of
   [7] rec         nce: -log softmax(s / tau) of the target among negatives; bce: 1:1             -> rec_loss
   [8] judge       M_u = 1 where rec(s+) > rec(s-) + margin, on the same negatives                -> contradicted
-  [9] phase 4     as [6] with M k + (1 - M) sg k: no gradient to the LLM where M = 0             -> judged_loss
+  [9] phase 4     rec(s+) + rec(s-), k read anew where M = 1, else as it was before phase 4       -> judged_loss
 
 CHECKED BY, in tests/
   [1] test_state_extraction_and_fusion_by_hand
@@ -44,20 +45,21 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
     reads a fifth as much.
   - rec(s-) in [6]: else the judge would compare a trained branch with one that is not.
   - The judge needs the target, so it exists in training only; when served, everybody has the knowledge. --judge-level user
-    takes the mean over a user's choices, text that of one text's choices; one choice says too little (--judge-least). After
-    phase 2 the LLM hurts few on the choices that were learned from: the gate has shut it out. A negative --margin, the default,
-    also finds those whom it does not help.
+    takes the mean over a user's choices, text that of one text's choices; one choice says too little (--judge-least). It
+    judges once, before phase 4 (the summaries call it dynamic; --joint judges every batch).
   - In phase 4 each batch of judged texts comes with as many others, whose knowledge is taken from the last reading: the
     recommender learns from both, the LLM from the judged ones. States, and with them codes, prompts and extraction stay as they
     are: the knowledge of the others is read once.
   - The adapter is for users whom the judge named; the others are served with the LLM as it was, which is what the recommender
     saw of them in phase 4. --adapt all reads everybody with it: then what it does to the others is never trained.
+  - The summaries name InfoNCE: that is --head nce. The default, bce, is click prediction on 1:1 rows, and so are the README's tables.
+  - Training negatives are drawn anew in each epoch: the same ones would be learned by heart.
   - Confidence (--judge confidence) is the probability of the right answers: of 1 - p for a negative. With nce it is the loss.
   - A served vector is a function of (text, code, with or without the adapter, which the user decides): at most K LLM passes per
     text of a user (K^levels with --levels), kept in knowledge.safetensors for the texts of validation and test.
   - --joint trains all of it in one phase, judged batch by batch.
 
-  python coco.py --data toy:300x600x15000                                # 3 minutes on 2 cores
+  python coco.py --data toy:600x2000x15000                                # 3 minutes on 2 cores
   python coco.py --data ml1m --head nce --backbone Qwen/Qwen2.5-3B        # on a GPU
   python coco.py --ablations --seeds 0,1,2 --data toy:300x600x15000      # prompts, judges, codebooks
 """
@@ -78,7 +80,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, summarise, variant, write_table
+from common.run import Run, UserError, at_least, folder_of, main, prefix, progress, pyplot, strip, summarise, variant, write_table
 from common.sequences import Logs, category_table
 
 
@@ -145,12 +147,12 @@ class Args:
     lr: float = 3e-3  # of the recommender, prompts and fusion
     lora_lr: float | None = None  # learning rate of the adapter (default 1e-4; 1e-3 for tiny); 0: phase 4 without it
     weight_decay: float = 1e-6  # L2 of all but the adapter, added to the gradient as Adam has it
-    base_epochs: int = 4  # most epochs of phase 1
-    epochs: int = 8  # most epochs of phase 2
+    base_epochs: int = 100  # most epochs of phase 1
+    epochs: int = 6  # most epochs of phase 2
     eliminate_epochs: int = 4  # most epochs of phase 4
     eliminate_batch: int = 16  # judged texts per step of phase 4
-    eliminate_lr: float = 3e-4  # of the recommender in phase 4
-    patience: int = 2  # epochs without a better validation AUC
+    eliminate_lr: float = 0.0  # of the recommender in phase 4; 0: the LLM alone learns there
+    patience: int = 6  # epochs without a better validation AUC
     base_batch: int = 256  # choices per step of phase 1
     batch: int = 64  # texts per step
     test_negatives: int = 10  # per validation or test target; more means less noise
@@ -167,12 +169,12 @@ class Args:
             raise ValueError("--tau and --lr must be positive, --static-prompt not empty")
         if self.recommender == "autoint" and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
-        if (self.vq != "both" or self.levels > 1) and self.prompt in ("mixture", "shared"):
+        if (self.vq != "both" or self.levels > 1) and self.prompt != "codebook":
             raise ValueError(f"--prompt {self.prompt} chooses no code, so that --vq {self.vq} and --levels {self.levels} mean nothing there; leave them out")
         if self.joint and self.align:
             raise ValueError("--align is a term of phase 4, and --joint has none; leave one of them out")
-        if self.ablations and (self.prompt, self.judge, self.joint, self.vq) != ("codebook", "loss", False, "both"):
-            raise ValueError("--ablations sets --prompt, --judge, --joint and --vq itself; leave them out")
+        if self.ablations and (self.prompt, self.judge, self.joint, self.vq, self.adapt, self.lora_lr, self.categories) != ("codebook", "loss", False, "both", "judged", None, False):
+            raise ValueError("--ablations sets --prompt, --judge, --joint, --vq, --adapt, --lora-lr and --categories itself; leave them out")
         if not 0 <= self.dropout < 1 or not 0 <= self.decay < 1 or not self.mlp:
             raise ValueError("--dropout and --decay must be in [0, 1), --mlp not empty")
         if unknown := set(self.variants) - set(VARIANTS):
@@ -219,6 +221,12 @@ class Rows:
         owner = torch.repeat_interleave(torch.arange(len(texts), device=self.device), count)
         start = self.first[texts] - F.pad(count.cumsum(0), (1, 0))[:-1]
         return self.train[:, start[owner] + torch.arange(len(owner), device=self.device)], owner
+
+    def redraw(self, *when):
+        """New training negatives, a function of (seed, when): the same ones in every epoch would be learned by heart."""
+        users, n = self.train[0].cpu().numpy(), len(self.train) - 4
+        negatives = datasets.negatives(self.data, users, n, cuda.key_seed(self.args.seed, "train negatives", *when) % 2**31, self.logs.train_keys())
+        self.train = torch.cat([self.train[:4], torch.as_tensor(negatives.T.astype(np.int64), device=self.device)])
 
     def history(self, users, place):
         """(B, L) the items before a place, shifted by one, oldest first, 0 = padding on the right."""
@@ -285,7 +293,7 @@ class Codebook(nn.Module):
         """(N,) index of the nearest code, in fp32; of equally near ones the lowest."""
         z, codes = z.float(), codes.float()
         far = (z * z).sum(1, keepdim=True) - 2 * z @ codes.T + (codes * codes).sum(1)
-        return (far <= far.min(1, keepdim=True).values).float().argmax(1)
+        return far.argmin(1)
 
     def forward(self, z):
         """z (N, D) -> (its code, with the gradient chosen, (N, D); index (N,); codebook and commitment terms, a number)."""
@@ -361,7 +369,7 @@ class CoCo(nn.Module):
             return
         model, tokenizer = llm.load(args.backbone, rows.device, cuda.pick_dtype(args.dtype, rows.device))
         lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, 0.0, cuda.key_seed(args.seed, "lora") % 2**31)
-        adapt(model, False)
+        train_adapter(model, False)
         self.__dict__["llm"], self.tokenizer, W = model, tokenizer, llm.width(model)
         self.books = nn.ModuleList()
         self.soft = args.prompt in ("codebook", "mixture", "shared")
@@ -626,10 +634,10 @@ class Store:
 
 # 9 ---------------------------------------------------------------------------------------------------- train
 def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapter=False):
-    """Train a phase, the epoch with the best validation AUC. Resumable after any epoch, bit-equal.
+    """Train a phase and keep the epoch with the best validation AUC. Resumable after any epoch, bit-equal.
 
     batches(rng) -> list of index arrays; step(batch) -> loss and parts to log, under the phase's own random numbers.
-    adapter: the LLM's adapter is trained too. Returns what the phase reports.
+    adapter: the LLM's adapter is trained too. Returns (what the phase reports, seconds).
     """
     now = lambda: prefix("model/", model.state_dict()) | (prefix("lora/", lora.state(model.llm)) if adapter else {})
 
@@ -653,6 +661,7 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
         torch.manual_seed(cuda.key_seed(args.seed, name, epoch))                              # dropout
         for book in getattr(model, "books", ()):
             book.generator = cuda.generator("cpu", args.seed, name, epoch)
+        model.rows.redraw(name, epoch)
         todo = batches(rng)
         model.train()
         for batch in progress(todo, f"{name} {epoch + 1}", len(todo)):
@@ -691,8 +700,8 @@ def adam(args, model, adapter=False, lr=None):
     return torch.optim.Adam(groups + ([{"params": lora.parameters(model.llm), "lr": llm.suited(args.lora_lr, args.backbone, 1e-3, 1e-4)}] if adapter else []), lr=args.lr if lr is None else lr)
 
 
-def adapt(model, on):
-    """Whether what the LLM reads from here on gives gradients to its adapter."""
+def train_adapter(model, on):
+    """Whether the LLM's adapter gets gradients; it is read in any case."""
     for p in lora.parameters(model):
         p.requires_grad_(on)
 
@@ -714,10 +723,10 @@ def train_prompts(args, run, model):
 
     def step(texts):
         prompt, _, terms = model.prompt(texts)
-        adapt(model.llm, False)
+        train_adapter(model.llm, False)
         known, extra = model.read(texts, prompt), {}
         if args.joint:                                           # the adapter sees the judged texts only, prompts see all
-            adapt(model.llm, True)
+            train_adapter(model.llm, True)
             mask = contradicted(args, model, texts, known.detach())
             known, extra = known.clone(), {"judged": mask.float().mean()}
             if mask.any():
@@ -742,7 +751,7 @@ def eliminate(args, run, model, known, mask):
     texts = torch.as_tensor(rows.train_texts, device=rows.device)
     for module in [model.to_state, model.ctr.user, model.ctr.item, model.extract, model.books, *([model.to_query, model.to_prompt] if model.soft else ())]:
         module.requires_grad_(False)
-    adapt(model.llm, True)
+    train_adapter(model.llm, True)
 
     def batches(rng):
         judged, others = (rng.permutation(np.flatnonzero(m)) for m in (mask.cpu().numpy(), ~mask.cpu().numpy()))
@@ -795,6 +804,7 @@ def train(args, shared=None):
         if args.judge != "off" and not args.joint:
             texts = torch.as_tensor(rows.train_texts, device=device)
             before = knowledge(model, texts, "reading all texts")
+            rows.redraw("judge")
             mask = contradicted(args, model, texts, before)
             users = np.zeros(len(rows.data.users), dtype=bool)
             users[rows.text_user[texts[mask]].cpu().numpy()] = True
@@ -864,8 +874,8 @@ def show(result):
 
 # 10 --------------------------------------------------------------------------------------------------- compare
 VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the same)
-    "no LLM": ({"prompt": "none", "base_epochs": 100, "patience": 6}, None),                  # until it gets no better
-    "no LLM but categories": ({"prompt": "none", "categories": True, "base_epochs": 100, "patience": 6}, None),
+    "no LLM": ({"prompt": "none"}, None),
+    "no LLM but categories": ({"prompt": "none", "categories": True}, None),
     "static": ({"prompt": "static", "judge": "off"}, None),
     "shared": ({"prompt": "shared", "judge": "off"}, None),
     "mixture": ({"prompt": "mixture", "judge": "off"}, None),
@@ -875,8 +885,9 @@ VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the s
     "codebook and categories": ({"judge": "off", "categories": True}, None),
     "full": ({}, "codebook"),
     "adapt all": ({"adapt": "all"}, "codebook"),
-    "no LoRA": ({"lora_lr": 0.0}, "codebook"),
     "judge all": ({"judge": "all"}, "codebook"),
+    "recommender too": ({"eliminate_lr": 3e-4}, "codebook"),
+    "recommender alone": ({"eliminate_lr": 3e-4, "lora_lr": 0.0}, "codebook"),
     "joint": ({"joint": True}, None),
     "mean pool": ({"extract": "mean", "judge": "off"}, None),
     "no match": ({"match": False, "judge": "off"}, None),
@@ -889,7 +900,7 @@ VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the s
 def ablations(args):
     """Every variant and seed, one run folder each; one table on test, and (with matplotlib) pilot.png: the gain of every
     prompt by group of users. The same command again goes on where it stopped."""
-    root = Path(args.run or f"runs/coco-ablations-{Path(args.data).name.replace(':', '-')}-{Path(args.backbone).name}")
+    root = folder_of(args, "coco", "ablations")
     fields = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed).user_fields
     names = [n for n in VARIANTS if (n in args.variants if args.variants else n not in ("gender", "age") or n in fields)]
     found, runs = {name: [] for name in names}, []
@@ -904,8 +915,8 @@ def ablations(args):
     columns = {c: lambda r, c=c: r["test"][c] for c in cells} | {
         "NDCG@10": lambda r: r["ranking"]["ndcg@10"], "codes used": lambda r: r["codes"]["usage"], "perplexity": lambda r: r["codes"]["perplexity"],
         "precision": lambda r: r["judged"]["precision"], "recall": lambda r: r["judged"]["recall"], "LoRA steps": lambda r: r["eliminate"]["steps"]}
-    print(f"\ntest, mean ± std over {len(found[names[0]])} seeds\n{'':14}" + "".join(f"{c:>18}" for c in columns))
-    table = summarise(found, columns, width=14)
+    print(f"\ntest, mean ± std over {len(found[names[0]])} seeds")
+    table = summarise(found, columns)
     plot(found, root / "pilot.png")
     return write_table(root, args, table, runs)
 

@@ -55,7 +55,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit
-from common.run import Run, UserError, at_least, is_run, main, prefix, progress, strip, summarise, variant, write_table
+from common.run import Run, UserError, at_least, folder_of, main, prefix, progress, strip, summarise, variant, write_table
 from common.sequences import Logs, bayes, popularity
 
 
@@ -966,8 +965,11 @@ def prepare(args):
     return logs
 
 
-def train(args):
-    """All phases in one run; each is skipped when the run folder says that it is done. Returns the RESULT record."""
+def train(args, shared=(None, (), ())):
+    """All phases in one run; each is skipped when the run folder says that it is done. Returns the RESULT record.
+
+    shared: a run folder, the phases that are the same there and taken over, and their files.
+    """
     if args.recommend:
         return recommend(args)
     if args.ablations:
@@ -991,6 +993,10 @@ def train(args):
                backbone=f"{args.backbone}: {sum(p.numel() for p in policy.model.parameters()):,} parameters, "
                f"{trainable:,} trainable" if words else "none (--features ids)",
                grpo=f"{args.align_steps} steps of {args.align_prompts} prompts x {args.group} completions")
+    source, phases, files = shared
+    for phase in phases:
+        if not run.done(phase):
+            run.inherit(source, phase, files)
     result = {"script": "curec", "data": logs.data.name, "backbone": args.backbone, "seed": args.seed,
               "features": args.features, "users": len(logs.held_out), "items": len(logs.data.items)}
     texts = Texts(len(logs.data.users), len(logs.data.items), args.max_reasons, args.text_dim, device)
@@ -1145,34 +1151,25 @@ VARIANTS = {   # name: (what changes, phases taken over from "full", their files
 def ablations(args):
     """Every variant and seed, one run folder each, one table at the end. The same command again goes on where it
     stopped."""
-    root = Path(args.run or f"runs/curec-ablations-{Path(args.data).name}-{Path(args.backbone).name}")
+    root = folder_of(args, "curec", "ablations")
     table, runs = {}, []
     for seed in args.seeds or (args.seed,):
         for name, (change, phases, files) in VARIANTS.items():
             if args.variants and name not in args.variants:
                 continue
             folder = root / f"s{seed}" / re.sub(r"\W+", "-", name)
-            if args.overwrite and is_run(folder):
-                shutil.rmtree(folder)
-            now = variant(args, folder, seed=seed, **change)
             print(f"\n=== {name}, seed {seed}", flush=True)
-            if phases and not now.resume:
-                logs = prepare(now)
-                run = Run(now, "curec", logs.data.fingerprint, free=("micro_batch",))
-                for phase in phases:
-                    run.inherit(root / f"s{seed}" / "full", phase, files)
-                now = dataclasses.replace(now, resume=True)
-            table.setdefault(name, []).append(train(now))
+            table.setdefault(name, []).append(train(variant(args, folder, seed=seed, **change), (root / f"s{seed}" / "full", phases, files)))
             runs.append(folder)
     first = next(iter(table.values()))
     columns = {"NDCG@10": lambda r: r["test"]["ndcg@10"], "Recall@10": lambda r: r["test"]["recall@10"],
                "NDCG@20": lambda r: r["test"]["ndcg@20"], "attention": lambda r: r["attention_entropy"]["mean"],
                "aligned": lambda r: r["align"]["after"]["correct"]}
     print(f"\ntest, mean ± std over {len(first)} seeds; attention: entropy on reasons, 1 = flat; aligned: right answers of "
-          f"the LLM\n{'':18}" + "".join(f"{name:>18}" for name in columns))
+          "the LLM")
     table |= {name: [{"test": r[key]} for r in first] for name, key in (("popularity", "popularity"),
               ("Bayes-optimal", "bayes_optimal")) if key in first[0]}
-    return write_table(root, args, summarise(table, columns, width=18, digits=4), runs)
+    return write_table(root, args, summarise(table, columns, digits=4), runs)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ import torch.nn.functional as F
 
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines, item_line
-from common.run import Run, UserError, at_least, main, prefix, progress, pyplot, strip, variant, write_table
+from common.run import Run, UserError, at_least, folder_of, main, prefix, progress, pyplot, strip, summarise, variant, write_table
 
 
 # 2 ---------------------------------------------------------------------------------------------------- arguments
@@ -468,7 +468,7 @@ def ask(host, rows, vectors=False, desc=None):
     order, size = np.argsort(shown, kind="stable"), host.args.eval_batch
     parts = [host.look(np.asarray(rows)[order[start:start + size]], "jsd", 1.0, vectors, host.ids)
              for start in progress(range(0, len(rows), size), desc, -(-len(rows) // size))]
-    yes, no, _, top, jsd = (torch.cat(x).double().cpu().numpy()[np.argsort(order)] for x in zip(*parts))
+    yes, no, _, top, jsd = (torch.cat(x).cpu().double().numpy()[np.argsort(order)] for x in zip(*parts))
     gap = yes if host.args.ce == "yes" else yes - no                                          # (n, 2)
     return {"gap": gap[:, 0], "flipped": gap[:, 1], "jsd": jsd, "invalid": (top > np.maximum(yes, no)).mean(1)}
 
@@ -690,31 +690,24 @@ def choose(reports, floor):
 def ablations(args):
     """Every objective, swept value and seed, one run folder each; one table on test, the sweep on validation, and (with
     matplotlib) ece.png: calibration error against λ. The same command again goes on where it stopped."""
-    root = Path(args.run or f"runs/lcft-ablations-{Path(args.data).name}-{Path(args.backbone).name}")
+    root = folder_of(args, "lcft", "ablations")
     found = {name: {value: [] for value in values} for name, values in chosen_variants(args.variants).items()}
     folders = []
     for seed in args.seeds or (args.seed,):
-        for name in found:
+        for name, by_value in found.items():
             change, flag, _ = VARIANTS[name]
-            for value in found[name]:
+            for value in by_value:
                 folder = root / f"s{seed}" / f"{name}-{value:g}"
                 print(f"\n=== {name}, {flag} {value:g}, seed {seed}", flush=True)
-                found[name][value].append(train(variant(args, folder, seed=seed, **change | {flag: value})))
+                by_value[value].append(train(variant(args, folder, seed=seed, **change | {flag: value})))
                 folders.append(folder)
     floor = np.mean([r["valid"]["auc"] for r in found["off"][0.0]]) - 0.005
-    cell = lambda runs, split, key: metrics.summary([r[split][key] for r in runs])
-    shown = lambda runs, split: "".join(metrics.shown(cell(runs, split, key)) for key in COLUMNS.values())
-    head = "".join(f"{name:>18}" for name in COLUMNS)
-    print(f"\nvalidation, mean ± std over {len(found['off'][0.0])} seeds\n{'':20}{head}")
-    for name, by_value in found.items():
-        for value, runs in by_value.items():
-            print(f"{name + f' {value:g}':20}{shown(runs, 'valid')}")
-    table = {}
-    print(f"\ntest, at the value that validation chose (fewest contradictions with AUC ≥ off - 0.005)\n{'':20}{head}")
-    for name, by_value in found.items():
-        value = choose(by_value, floor)
-        print(f"{name + f' {value:g}':20}{shown(by_value[value], 'test')}")
-        table[f"{name} {value:g}"] = {column: cell(by_value[value], "test", key) for column, key in COLUMNS.items()}
+    columns = lambda split: {name: lambda r, key=key: r[split][key] for name, key in COLUMNS.items()}
+    print(f"\nvalidation, mean ± std over {len(found['off'][0.0])} seeds")
+    summarise({f"{name} {v:g}": by_value[v] for name, by_value in found.items() for v in by_value}, columns("valid"))
+    print("\ntest, at the value that validation chose (fewest contradictions with AUC ≥ off - 0.005)")
+    chosen = {name: choose(by_value, floor) for name, by_value in found.items()}
+    table = summarise({f"{name} {v:g}": found[name][v] for name, v in chosen.items()}, columns("test"))
     plot(found, root / "ece.png")
     return write_table(root, args, table, folders)
 

@@ -56,6 +56,8 @@ DEVIATIONS AND CHOICES
     item's text and of the past items' texts as inputs, from --backbone as it is, whatever the scores come from.
   - A training negative is an item that the user did not choose in training, and may be a held-out one: were these spared, no
     user would ever be pushed away from them. A negative to judge by is one that the user never chose.
+  - The negatives of the paper's 1:1 rows are drawn once, and a model learns them by heart: --redraw draws new ones in each epoch,
+    which makes the models better, with scores of an LLM more than without.
   - A score that the LLM leaves out is unknown and makes no pair; the paper sets it to 0.5.
   - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts; of an item's categories
     the first eight.
@@ -90,7 +92,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, at_least, differences, main, prefix, progress, pyplot, strip, variant, write_atomically, write_table
+from common.run import Run, UserError, at_least, differences, folder_of, main, prefix, progress, pyplot, strip, summarise, variant, write_atomically, write_table
 from common.sequences import Logs, category_table
 
 
@@ -167,6 +169,7 @@ class Args:
     lr: float = 1e-3  # learning rate
     weight_decay: float = 0.0  # L2, added to the gradient as Adam has it
     batch: int = 128  # rows per step, half of them negatives
+    redraw: bool = False  # draw the training negatives anew in each epoch; else once, as in the paper's data
     epochs: int = 30  # most epochs
     patience: int = 2  # epochs without a better validation AUC
     rank_users: int = 500  # users of the full ranking
@@ -237,6 +240,12 @@ class Rows:
         """(4, n) user, place, target, negative: each column stands for two rows. seen: see datasets.negatives."""
         negative = datasets.negatives(self.data, users, 1, seed, seen)[:, 0]
         return torch.as_tensor(np.stack([users, place, self.logs.item_at(users, place), negative]).astype(np.int64), device=self.device)
+
+    def redraw(self, epoch):
+        """New training negatives, a function of (seed, epoch)."""
+        users = self.train[0].cpu().numpy()
+        negative = datasets.negatives(self.data, users, 1, cuda.key_seed(self.args.seed, "train negatives", epoch) % 2**31, self.logs.train_keys())
+        self.train[3] = torch.as_tensor(negative[:, 0].astype(np.int64), device=self.device)
 
     def history(self, users, place):
         """(B, L) the items before a place, shifted by one, oldest first, 0 = padding on the right."""
@@ -782,6 +791,8 @@ def fit(args, run, rows, scored, vectors):
         if waited >= args.patience:
             break
         epochs = epoch + 1
+        if args.redraw:
+            rows.redraw(epoch)
         rng = np.random.default_rng([args.seed, 67, epoch])
         order = torch.as_tensor(rng.permutation(rows.train.shape[1]), device=rows.device)
         batches, total = order.split(max(args.batch // 2, 1)), torch.zeros(2)
@@ -828,7 +839,7 @@ def evaluate_rows(model, rows, table):
     user, item, label = np.tile(table[0], 2), table[2:].flatten(), np.arange(len(s)) < len(s) // 2
     cold, tail = rows.cold[user], rows.tail[item]
     cells = {"overall": cold >= 0, "cold": cold, "very_cold": rows.very_cold[user], "tail": tail, "dense": ~cold & ~tail}
-    return {name: round(metrics.auc(label[mask], s[mask]), 6) for name, mask in cells.items() if mask.any()}
+    return {name: round(metrics.auc(label[mask], s[mask]), 6) for name, mask in cells.items() if len(set(label[mask])) == 2}
 
 
 @torch.no_grad()
@@ -937,7 +948,7 @@ CELLS = ("overall", "cold", "very_cold", "tail", "dense")
 def ablations(args):
     """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model on test, and
     (with matplotlib) gate.png: alpha per cell over the epochs. The same command again goes on where it stopped."""
-    root = Path(args.run or f"runs/sllmr-ablations-{Path(args.data).name.replace(':', '-')}")
+    root = folder_of(args, "sllmr", "ablations")
     known = [name for name in VARIANTS if name != "truth" or args.data.split(":")[0] == "toy" and not args.scores and args.scorer in ("auto", "oracle")]
     if "truth" in args.variants and "truth" not in known:
         raise UserError("--variants truth: where scores are right is only known of the toy world's own (--scorer oracle)")
@@ -953,14 +964,9 @@ def ablations(args):
                     found[name][lam].append(train(now, root / f"scores-s{seed}"))
                     runs.append(folder)
         print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, mean ± std over {len(args.seeds or (0,))} seeds")
-        print(f"{'':18}" + "".join(f"{cell.replace('_', ' '):>18}" for cell in CELLS) + f"{'gate AUC':>18}")
-        for name, by_lam in found.items():
-            lam = max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]]))
-            cells = {c: metrics.summary([r["test"][c] for r in by_lam[lam]]) for c in CELLS if all(c in r["test"] for r in by_lam[lam])}
-            if "gate_auc" in by_lam[lam][0]:
-                cells["gate_auc"] = metrics.summary([r["gate_auc"] for r in by_lam[lam]])
-            print(f"{f'{name} {lam:g}':18}" + "".join(metrics.shown(cells.get(c)) for c in (*CELLS, "gate_auc")))
-            tables[f"{recommender}, {name} {lam:g}"] = cells
+        best = {name: max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]])) for name, by_lam in found.items()}
+        columns = {c: lambda r, c=c: r["test"][c] for c in CELLS} | {"gate_auc": lambda r: r["gate_auc"]}
+        tables |= summarise({f"{recommender}, {name} {lam:g}": found[name][lam] for name, lam in best.items()}, columns)
         plot(root / recommender)
     return write_table(root, args, tables, runs)
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock                 # comes with huggingface_hub
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
@@ -123,11 +124,11 @@ class Histories(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------ find and download
-def cache_folder(cache_dir=None):
-    return Path(cache_dir or os.environ.get("LLMREC_CACHE") or Path.home() / ".cache" / "llmrec")
+def cache_folder():
+    return Path(os.environ.get("LLMREC_CACHE") or Path.home() / ".cache" / "llmrec")
 
 
-def load(name, data_dir=None, max_bad_rows=0, seed=0, download=True, cache_dir=None):
+def load(name, data_dir=None, max_bad_rows=0, seed=0):
     """`toy`, `toy:USERSxITEMSxINTERACTIONS[:MISLED]`, one of SOURCES, or a folder -> Data. The seed is the toy's.
 
     A named data set is looked for in data_dir, LLMREC_DATA and the cache, then downloaded. Raises UserError.
@@ -143,21 +144,19 @@ def load(name, data_dir=None, max_bad_rows=0, seed=0, download=True, cache_dir=N
         except ValueError as problem:
             raise UserError(f"--data {name}: {problem}") from None
     if name in SOURCES:
-        folder = find(name, data_dir, cache_dir) or (fetch(name, cache_dir) if download else None)
-        if folder is None:
-            raise UserError(f"--data {name}: not found; {put_where(name, cache_dir)}")
-        return read_folder(folder, name, max_bad_rows, cache_dir)
+        folder = find(name, data_dir) or fetch(name)
+        return read_folder(folder, name, max_bad_rows)
     folder = Path(name)
     if not folder.is_dir():
         near = difflib.get_close_matches(name, SOURCES, 1)
         raise UserError(f"--data {name}: " + (f"did you mean {near[0]}?" if near else "it is a file." if folder.exists() else "no such folder.")
                         + f" It is a folder or one of {KNOWN}")
-    return read_folder(folder, folder.resolve().name, max_bad_rows, cache_dir)
+    return read_folder(folder, folder.resolve().name, max_bad_rows)
 
 
-def find(name, data_dir=None, cache_dir=None):
+def find(name, data_dir=None):
     """The folder that holds a named data set, in --data-dir, LLMREC_DATA or the download cache; or None."""
-    for root in (data_dir, os.environ.get("LLMREC_DATA"), cache_folder(cache_dir) / "data"):
+    for root in (data_dir, os.environ.get("LLMREC_DATA"), cache_folder() / "data"):
         for spelling in SOURCES[name][0] if root else ():
             folder = Path(root) / spelling
             if folder.is_dir() and any(folder.iterdir()):
@@ -165,35 +164,36 @@ def find(name, data_dir=None, cache_dir=None):
     return None
 
 
-def put_where(name, cache_dir=None):
+def put_where(name):
     spellings, files = SOURCES[name]
     what = "what is in it" if len(files) == 1 else "both files"
     return (f"get {' and '.join(url for url, _, _ in files)} and put {what} into "
-            f"{cache_folder(cache_dir) / 'data' / spellings[0]} (or name its parent with --data-dir)")
+            f"{cache_folder() / 'data' / spellings[0]} (or name its parent with --data-dir)")
 
 
-def fetch(name, cache_dir=None):
-    """Download, verify and unpack a named data set into the cache; the folder appears whole or not at all."""
+def fetch(name):
+    """Download, verify and unpack a named data set into the cache; the folder appears whole or not at all. Of processes that
+    come at once, such as torchrun's, one does so and the others wait."""
     spellings, files = SOURCES[name]
-    target = cache_folder(cache_dir) / "data" / spellings[0]
+    target = cache_folder() / "data" / spellings[0]
     stage = target.with_name(f".{spellings[0]}.download")        # stays after a failure, to go on from there
     whole = stage / "unpacked"
-    shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir(parents=True)
-    paths = [download(url, stage / url.rsplit("/", 1)[1], size, sha, put_where(name, cache_dir))
-             for url, size, sha in files]
-    for path in paths:
-        unzip(path, whole) if path.suffix == ".zip" else check_gzip(path)
-    for path in paths:
-        if path.suffix != ".zip":
-            os.replace(path, whole / path.name)
-    inner = list(whole.iterdir())
-    try:
-        os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else whole, target)
-    except OSError:
-        if not target.is_dir():                                  # otherwise another process was faster
-            raise
-    shutil.rmtree(stage, ignore_errors=True)
+    lock = target.with_name(f".{spellings[0]}.lock")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        if not target.is_dir():                                  # else another process was faster
+            shutil.rmtree(whole, ignore_errors=True)
+            whole.mkdir(parents=True)
+            paths = [download(url, stage / url.rsplit("/", 1)[1], size, sha, put_where(name)) for url, size, sha in files]
+            for path in paths:
+                unzip(path, whole) if path.suffix == ".zip" else check_gzip(path)
+            for path in paths:
+                if path.suffix != ".zip":
+                    os.replace(path, whole / path.name)
+            inner = list(whole.iterdir())
+            os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else whole, target)
+            shutil.rmtree(stage, ignore_errors=True)
+    lock.unlink(missing_ok=True)
     return target
 
 
@@ -228,12 +228,9 @@ def download(url, path, size, sha256, hint):
     if total is not None and have < total:
         raise UserError(f"{url}: the download ended early ({have} of {total} bytes); run the command again "
                         "to go on")
-    if sha256 is not None:
-        with open(part, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-                part.unlink()
-                raise UserError(f"{url}: the file's sha256 is not the published one; it was removed, run the "
-                                f"command again or {hint}")
+    if sha256 is not None and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+        part.unlink()
+        raise UserError(f"{url}: the file's sha256 is not the published one; it was removed, run the command again or {hint}")
     os.replace(part, path)
     return path
 
@@ -286,7 +283,7 @@ class BadRows:
 
 
 def lines_of(path):
-    """(line number, text) of the non-empty lines of a plain or .gz file, each in UTF-8 or else latin-1."""
+    """(line number, text) of the non-empty lines of a plain or .gz file, each in UTF-8 or else Windows-1252."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as f:
@@ -296,7 +293,7 @@ def lines_of(path):
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError:
-                    text = line.decode("latin-1")
+                    text = line.decode("cp1252", "replace")      # what Excel saves; Latin-1 with quotes and dashes
                 if not text.isspace():
                     yield number, text
     except (EOFError, OSError, zlib.error) as problem:
@@ -595,13 +592,13 @@ def pick_reader(folder):
     return read_amazon
 
 
-def read_folder(folder, name, max_bad_rows=0, cache_dir=None):
+def read_folder(folder, name, max_bad_rows=0):
     """Read a folder, or what the cache has of it -> Data. Prints what was mended, one note a line."""
     reader = pick_reader(folder)
     stat = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
     identity = json.dumps([PARSER, str(folder.resolve()), name, stat, max_bad_rows])
     key = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:24]
-    cached = cache_folder(cache_dir) / "parsed" / f"{key}.safetensors"
+    cached = cache_folder() / "parsed" / f"{key}.safetensors"
     data = from_cache(cached)
     if data is None:
         columns, bad = Columns(), BadRows(max_bad_rows)

@@ -34,13 +34,13 @@ def ndcg_at(ranks, k):
 def ranking_report(ranks, ks=(5, 10, 20), seed=0, draws=1000):
     """{"recall@5": mean, ..., "ndcg@10_ci": [low, high]}: 95 % bootstrap intervals over rows."""
     ranks = np.asarray(ranks)
-    pick = np.random.default_rng(seed).integers(0, len(ranks), (draws, len(ranks)))
+    values = {f"{name}@{k}": metric(ranks, k) for name, metric in (("recall", recall_at), ("ndcg", ndcg_at)) for k in ks}
+    rng, table = np.random.default_rng(seed), np.stack(list(values.values()), 1)             # (rows, metrics)
+    means = np.array([table[rng.integers(0, len(ranks), len(ranks))].mean(0) for _ in range(draws)])    # one draw at a time: (draws, rows) is GiBs
     report = {"n": len(ranks)}
-    for name, metric in (("recall", recall_at), ("ndcg", ndcg_at)):
-        for k in ks:
-            value = metric(ranks, k)
-            report[f"{name}@{k}"] = round(float(value.mean()), 6)
-            report[f"{name}@{k}_ci"] = [round(float(q), 4) for q in np.quantile(value[pick].mean(1), (0.025, 0.975))]
+    for (name, value), drawn in zip(values.items(), means.T):
+        report[name] = round(float(value.mean()), 6)
+        report[f"{name}_ci"] = [round(float(q), 4) for q in np.quantile(drawn, (0.025, 0.975))]
     return report
 
 

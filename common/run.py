@@ -57,13 +57,13 @@ def comments(Args):
     return found
 
 
-def converter(hint, name):
+def converter(hint):
     """The strict argparse type of a field: no 1.5 for an int, no nan, commas for tuples; None only by leaving it out."""
     origin, parts = typing.get_origin(hint), [a for a in typing.get_args(hint) if a is not type(None)]
     if origin in (types.UnionType, typing.Union):
-        return converter(parts[0], name)
+        return converter(parts[0])
     if origin is tuple:
-        element = converter(parts[0], name)
+        element = converter(parts[0])
 
         def several(text):
             return tuple(element(part.strip()) for part in text.split(",") if part.strip())
@@ -109,6 +109,7 @@ def parse(Args, doc, argv=None):
     """Command line -> Args. Exits with status 2 and one line on a usage error; Args.check() may raise ValueError."""
     parser = Parser(usage="%(prog)s [flags]", description=(doc or "").split("\n\n")[0], allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
+    parser._negative_number_matcher = re.compile(r"-\.?\d")                  # argparse takes -1,0,0 and -3e-2 for flags
     groups, notes, hints = {}, comments(Args), typing.get_type_hints(Args)
     for field in dataclasses.fields(Args):
         group, text = notes.get(field.name, ("options", ""))
@@ -122,7 +123,7 @@ def parse(Args, doc, argv=None):
         elif choices := literal(hint):
             box.add_argument(flag, choices=choices, default=field.default, help=text)
         else:
-            box.add_argument(flag, type=converter(hint, field.name), default=field.default, help=text,
+            box.add_argument(flag, type=converter(hint), default=field.default, help=text,
                              metavar=placeholder(hint) or field.name.split("_")[-1].upper())
     args = Args(**vars(parser.parse_args(argv)))
     try:
@@ -158,7 +159,7 @@ def main(Args, train, doc, argv=None):
     try:
         try:
             train(args)
-        except Exception:
+        except BaseException:                                                # Ctrl-C, too
             for run in (r for r in Run.made if r.folder.is_dir()):           # a run that got nowhere would be in the way of the next
                 if all(f.name in ("args.json", "header.json") or f.is_file() and not f.stat().st_size for f in run.folder.iterdir()):
                     shutil.rmtree(run.folder)
@@ -213,10 +214,11 @@ def commit():
         return None
 
 
-def summarise(found, columns, width, digits=6):
-    """{name: list over seeds of RESULT records}, {column: record -> number} -> {name: {column: summary}}, printed row by row.
+def summarise(found, columns, width=24, digits=6):
+    """{name: list over seeds of RESULT records}, {column: record -> number} -> {name: {column: summary}}, printed as a table.
     A record that lacks a column (KeyError: its variant has no such phase) has an empty cell."""
     rows = {}
+    print(f"{'':{width}}" + "".join(f"{c:>18}" for c in columns))
     for name, records in found.items():
         rows[name] = {}
         for column, value in columns.items():
@@ -231,6 +233,11 @@ def summarise(found, columns, width, digits=6):
 def command_line():
     """What was typed, to paste it again: `python coco.py --variants 'no LLM'`."""
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def folder_of(args, script, tail):
+    """--run, or runs/SCRIPT-DATA-BACKBONE-TAIL; no colon (toy:300x600x15000), which ends a host's name for scp and rsync."""
+    return Path(args.run or f"runs/{script}-{Path(args.data).name}-{Path(args.backbone).name}-{tail}".replace(":", "-"))
 
 
 def variant(args, folder, **changes):
@@ -298,8 +305,7 @@ class Run:
 
     def __init__(self, args, script, fingerprint, free=(), rank=0):
         self.args, self.script, self.clock, self.rank, self.since = args, script, None, rank, time.perf_counter()
-        tail = f"{Path(args.data).name}-{Path(args.backbone).name}-s{args.seed}"
-        self.folder = Path(args.run or f"runs/{script}-{tail}")
+        self.folder = folder_of(args, script, f"s{args.seed}")
         settings = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(args))).items()
                     if k not in {"run", "resume", "overwrite", "device", *free}}
         identity = {"format": FORMAT, "script": script, "data_fingerprint": fingerprint, **settings}
@@ -310,7 +316,9 @@ class Run:
             return
         self.replaced = None
         if args.overwrite and not args.resume and is_run(self.folder):        # kept aside until `header`: the new one may fail to start
-            self.replaced = self.folder.with_name(f"{self.folder.name}.replaced-{os.getpid()}")
+            self.replaced = self.folder.with_name(f"{self.folder.name}.replaced")
+            if is_run(self.replaced):                                        # left by a process that was killed before its header
+                shutil.rmtree(self.replaced)
             self.folder.rename(self.replaced)
         if path.exists():
             if not is_run(self.folder):

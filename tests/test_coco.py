@@ -256,7 +256,7 @@ def test_the_judge_of_confidence_is_that_of_the_loss_where_a_text_serves_one_cho
 def test_a_text_that_is_not_judged_gives_the_llm_exactly_no_gradient_and_the_recommender_its_own():
     a, rows, model = built()
     model.eval()
-    coco.adapt(model.llm, True)
+    coco.train_adapter(model.llm, True)
     for p in lora.parameters(model.llm):
         p.data.normal_(std=0.1)
     texts = torch.as_tensor(rows.train_texts[:6])
@@ -294,7 +294,7 @@ def test_the_alignment_reaches_the_adapter():
     losses = []
     for weight in ("0", "1"):
         a, rows, model = built("--align", weight)
-        coco.adapt(model.llm, True)
+        coco.train_adapter(model.llm, True)
         texts = torch.as_tensor(rows.train_texts[:8])
         loss, parts = coco.judged_loss(a, model, texts, coco.knowledge(model, texts), torch.ones(8, dtype=torch.bool))
         losses.append(float(loss.detach()))
