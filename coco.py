@@ -61,7 +61,7 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
 
   python coco.py --data toy:600x2000x15000                                # 3 minutes on 2 cores
   python coco.py --data ml1m --head nce --backbone Qwen/Qwen2.5-3B        # on a GPU
-  python coco.py --ablations --seeds 0,1,2 --data toy:300x600x15000      # prompts, judges, codebooks
+  python coco.py --ablations --seeds 0,1,2 --data toy:600x2000x15000     # prompts, judges, codebooks
 """
 
 # 1 ---------------------------------------------------------------------------------------------------- imports

@@ -289,7 +289,7 @@ class RewardModel(nn.Module):
         causal = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)
         return self.encoder(x, mask=causal) * (history > 0)[..., None]
 
-    def head(self, users, items, texts, z, u, pooled, state):
+    def head(self, items, z, u, pooled, state):
         """MLP [u; z; u * z; pooled] + <z, state>. pooled: already through its part of the first layer."""
         wu, wz, wx, _ = self.first.weight.split(self.args.dim, dim=1)
         flat = z @ wz.T + (u[:, None] * z) @ wx.T + (u @ wu.T)[:, None] + self.first.bias     # (B, C, 64)
@@ -305,7 +305,7 @@ class RewardModel(nn.Module):
         pooled = self.unit(z, H, history > 0) / math.sqrt(self.args.max_history)
         last = H[torch.arange(len(users)), (history > 0).sum(1) - 1]
         state = (z @ last[:, :, None])[..., 0]
-        return self.head(users, items, texts, z, u, pooled @ self.first.weight[:, -self.args.dim:].T, state)
+        return self.head(items, z, u, pooled @ self.first.weight[:, -self.args.dim:].T, state)
 
     def forward_all_times(self, users, sequence, negatives, texts):
         """Training: every position of `sequence` (B, L) is a target, judged on what came before it, together with
@@ -321,11 +321,11 @@ class RewardModel(nn.Module):
         earlier = torch.ones(L, L, dtype=H.dtype, device=H.device).tril(-1)
         z = self.z(users, sequence.clamp(min=1), texts)
         pooled = (self.unit.weights(z, H) * earlier) @ of_past
-        positive = self.head(users, sequence, texts, z, u, pooled, (z * before).sum(-1))
+        positive = self.head(sequence, z, u, pooled, (z * before).sum(-1))
         zn = self.z(users, negatives, texts, hide_one=self.training)
         shares = self.unit.weights(zn, H)[:, :, None] * earlier                               # (B, K, L, L)
         running = (shares.flatten(1, 2) @ of_past).view(*shares.shape[:3], -1)                # (B, K, L, 64)
-        negative = self.head(users, negatives, texts, zn, u, running, zn @ before.transpose(1, 2))
+        negative = self.head(negatives, zn, u, running, zn @ before.transpose(1, 2))
         return positive, negative.transpose(1, 2)
 
     # serving --------------------------------------------------------------------------------------------------------
@@ -956,8 +956,7 @@ def prepare(args):
     if args.users:
         data = datasets.sample_users(data, args.users, args.seed)
     logs = Logs(data, args.prompt_history)
-    if len(logs.held_out) == 0 or logs.n_train.max() < 2:
-        raise UserError(f"--data {args.data}: no user has the 4 interactions that training, validation and test need")
+    logs.targets(args.data)                                     # or one line on what is missing
     unseen = int(len(data.items) - np.diff(logs.bounds).max())
     if unseen < max(args.negatives, args.candidates - 1):
         raise UserError(f"--data {args.data}: a user has had all but {unseen} of {len(data.items)} items, and --negatives {args.negatives} and "
@@ -1033,7 +1032,7 @@ def train(args, shared=(None, (), ())):
     valid.pop("ms_per_user")
     result |= {"valid": valid, "test": test, "popularity": popularity(logs)}
     if words:
-        result["attention_entropy"] = attention_entropy(args, model, logs, texts)
+        result["attention_entropy"] = attention_entropy(model, logs, texts)
     if logs.data.world is not None and not args.min_rating:                                  # the world knows its own choices, all of them
         result["bayes_optimal"] = bayes(logs)
     run.write_jsonl("examples", [explain(args, model, logs, texts, u, 3) for u in logs.held_out[:20].tolist()])
@@ -1048,7 +1047,7 @@ def restore_texts(args, logs, device, tensors, state):
 
 
 @torch.no_grad()
-def attention_entropy(args, model, logs, texts):
+def attention_entropy(model, logs, texts):
     """Is the attention on reasons peaked (0) or flat (1)? Entropy / log(number of keys) over test pairs, mean and 10 %
     and 90 % quantiles; "no reason" counts as a key."""
     device = next(model.parameters()).device

@@ -164,6 +164,7 @@ def chat(tokenizer, text, system=None):
     """One user message in the model's chat format -> token ids. A control token in `text` is tokenised as
     plain text: what users and titles say is data and can neither end the message nor open another.
 
+    A SentencePiece tokenizer that puts a space before every text puts one before the user's text and before what follows, too.
     text may be a list of texts and slot numbers k >= 0: slot k becomes the id -1 - k, a place for a vector
     (see `embed`).
     """

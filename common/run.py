@@ -294,7 +294,7 @@ def is_run(folder):
 
 
 class Run:
-    """A run folder: args.json, metrics.jsonl, checkpoints NAME.safetensors, phases.json, result.json.
+    """A run folder: args.json, header.json, metrics.jsonl, checkpoints NAME.safetensors, phases.json, result.json, report.html.
 
     args: the script's Args. fingerprint: of the data. free: arguments that may differ on --resume. rank: processes
     other than 0 wait for the folder and only read.

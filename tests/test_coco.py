@@ -100,6 +100,13 @@ def test_usage_and_perplexity_by_hand():
 
 
 # ------------------------------------------------------------------------------------------------------- rows and texts
+def test_each_epoch_has_negatives_of_its_own(tmp_path, monkeypatch):
+    redraw, seen = coco.Rows.redraw, []
+    monkeypatch.setattr(coco.Rows, "redraw", lambda rows, *when: redraw(rows, *when) or seen.append((when, rows.train[4].tolist())))
+    coco.train(args("--run", str(tmp_path / "r"), "--prompt", "none", "--base-epochs", "3"))
+    assert [when for when, _ in seen] == [("base", 0), ("base", 1), ("base", 2)] and len({tuple(n) for _, n in seen}) == 3
+
+
 def test_no_text_holds_what_it_is_to_predict_and_every_row_finds_its_own():
     _, rows, _ = built()
     for table in (rows.train, rows.valid, rows.test):
@@ -112,6 +119,13 @@ def test_no_text_holds_what_it_is_to_predict_and_every_row_finds_its_own():
     held = {(u, t) for u, _, _, t in [*rows.valid.T[:, :4].tolist(), *rows.test.T[:, :4].tolist()]}
     drawn = {(u, i) for u, _, _, _, *negatives in rows.train.T.tolist() for i in negatives}
     assert drawn & had and drawn & had <= held                    # those may be drawn: to spare them would tell them
+    first = rows.train.clone()
+    rows.redraw("base", 0)
+    again, other = rows.train.clone(), rows.redraw("base", 1) or rows.train
+    assert torch.equal(other[:4], first[:4]) and torch.equal(again[:4], first[:4])
+    assert (again[4] != first[4]).float().mean() > 0.9 < (other[4] != again[4]).float().mean()
+    assert not {(u, i) for u, i in zip(*other[[0, 4]].tolist())} & (had - held)
+    assert rows.redraw("base", 0) or torch.equal(rows.train, again)
     texts = torch.tensor([5, 0, 9])
     table, owner = rows.of_texts(texts)
     want = [r for t in texts.tolist() for r in rows.train.T.tolist() if r[2] == t]

@@ -565,8 +565,20 @@ def test_every_llm_loss_moves_the_model_towards_the_llm(tmp_path, how):
     assert near("with", "--lam", "10", *how) > near("without") + 0.05
 
 
+def test_redrawn_negatives_are_new_in_each_epoch_and_never_what_the_user_had_in_training():
+    r = rows()
+    first, had = r.train.clone(), set(zip(*r.train[[0, 2]].tolist()))
+    for epoch in (0, 1):
+        before = r.train.clone()
+        r.redraw(epoch)
+        assert torch.equal(r.train[:3], first[:3]) and (r.train[3] != before[3]).float().mean() > 0.9
+        assert not set(zip(*r.train[[0, 3]].tolist())) & had
+    r.redraw(0)
+    assert torch.equal(r.train[3], before[3])
+
+
 def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
-    flags = ["--epochs", "4", "--patience", "9", "--run"]
+    flags = ["--epochs", "4", "--patience", "9", "--redraw", "--run"]
     straight, child = start(*flags, str(tmp_path / "a")), start(*flags, str(tmp_path / "b"))
     log = tmp_path / "b" / "metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
