@@ -170,11 +170,14 @@ class Args:
         if self.recommender == "autoint" and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
         if (self.vq != "both" or self.levels > 1) and self.prompt != "codebook":
-            raise ValueError(f"--prompt {self.prompt} chooses no code, so that --vq {self.vq} and --levels {self.levels} mean nothing there; leave them out")
+            raise ValueError(f"--prompt {self.prompt} chooses no code, so that --vq {self.vq} and --levels {self.levels} mean "
+                             "nothing there; leave them out")
         if self.joint and self.align:
             raise ValueError("--align is a term of phase 4, and --joint has none; leave one of them out")
-        if self.ablations and (self.prompt, self.judge, self.joint, self.vq, self.adapt, self.lora_lr, self.categories) != ("codebook", "loss", False, "both", "judged", None, False):
-            raise ValueError("--ablations sets --prompt, --judge, --joint, --vq, --adapt, --lora-lr and --categories itself; leave them out")
+        if self.ablations and any(getattr(self, name) != getattr(Args, name)
+                                  for name in ("prompt", "judge", "joint", "vq", "adapt", "lora_lr", "categories")):
+            raise ValueError("--ablations sets --prompt, --judge, --joint, --vq, --adapt, --lora-lr and --categories itself; "
+                             "leave them out")
         if not 0 <= self.dropout < 1 or not 0 <= self.decay < 1 or not self.mlp:
             raise ValueError("--dropout and --decay must be in [0, 1), --mlp not empty")
         if unknown := set(self.variants) - set(VARIANTS):
@@ -200,7 +203,7 @@ class Rows:
         self.args, self.data, self.device, self.logs = args, data, device, Logs(data, args.prompt_history)
         logs = self.logs
         asked = logs.targets(args.data)
-        stands = [(u, p - (p - 1) % args.text_every) for u, p in asked]                       # a text is written every few choices, and serves the next
+        stands = [(u, p - (p - 1) % args.text_every) for u, p in asked]       # a text is written every few choices, and serves the next
         pairs, number = np.unique(np.concatenate([np.stack(s) for s in stands], 1), axis=1, return_inverse=True)
         self.text_user, self.text_place = (torch.as_tensor(x.astype(np.int64), device=device) for x in pairs)
         number = np.split(number.ravel(), np.cumsum([len(u) for u, _ in asked])[:-1])
@@ -209,7 +212,8 @@ class Rows:
             many = {"train": args.negatives if args.head == "nce" else 1}.get(name, args.test_negatives)
             seen = logs.train_keys() if name == "train" else None         # a training negative may be a held-out item
             negatives = datasets.negatives(data, u, many, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen)
-            tables.append(torch.as_tensor(np.concatenate([np.stack([u, p, text, logs.item_at(u, p)]), negatives.T]).astype(np.int64), device=device))
+            table = np.concatenate([np.stack([u, p, text, logs.item_at(u, p)]), negatives.T])
+            tables.append(torch.as_tensor(table.astype(np.int64), device=device))
         self.train, self.valid, self.test = tables
         ends = torch.bincount(self.train[2], minlength=len(self.text_user)).cumsum(0)          # rows of a text are neighbours
         self.first = torch.cat([ends.new_zeros(1), ends])
@@ -224,8 +228,8 @@ class Rows:
 
     def redraw(self, *when):
         """New training negatives, a function of (seed, when): the same ones in every epoch would be learned by heart."""
-        users, n = self.train[0].cpu().numpy(), len(self.train) - 4
-        negatives = datasets.negatives(self.data, users, n, cuda.key_seed(self.args.seed, "train negatives", *when) % 2**31, self.logs.train_keys())
+        users, seed = self.train[0].cpu().numpy(), cuda.key_seed(self.args.seed, "train negatives", *when) % 2**31
+        negatives = datasets.negatives(self.data, users, len(self.train) - 4, seed, self.logs.train_keys())
         self.train = torch.cat([self.train[:4], torch.as_tensor(negatives.T.astype(np.int64), device=self.device)])
 
     def history(self, users, place):
@@ -236,7 +240,8 @@ class Rows:
         """(names, (n_users,) group of each user)."""
         fields = self.data.user_fields
         if field not in fields:
-            raise UserError(f"--prompt group:{field}: these data have {', '.join(fields) if fields else 'no user fields'}; take another --prompt")
+            raise UserError(f"--prompt group:{field}: these data have {', '.join(fields) if fields else 'no user fields'}; "
+                            "take another --prompt")
         names, group = np.unique([str(v) for v in fields[field]], return_inverse=True)
         return [str(n) for n in names], group
 
@@ -532,7 +537,8 @@ def contradicted(args, model, texts, known):
             worse[part] = confidence(without, args.head, args.tau) - confidence(with_llm, args.head, args.tau)
     model.train(training)
     unit = model.rows.text_user[texts] if args.judge_level == "user" else torch.arange(len(texts), device=texts.device)
-    total, count = (torch.zeros(int(unit.max()) + 1, device=texts.device).index_add_(0, unit[owner], x) for x in (worse, torch.ones_like(worse)))
+    total, count = (torch.zeros(int(unit.max()) + 1, device=texts.device).index_add_(0, unit[owner], x)
+                    for x in (worse, torch.ones_like(worse)))
     return ((total / count.clamp(min=1) > args.margin) & (count >= args.judge_least))[unit]
 
 
@@ -602,7 +608,8 @@ def codes_view(model, codes):
         typical = mine[torch.cdist(z[mine], book.codes[k:k + 1])[:, 0].argsort()[:3]].tolist()
         titles = [rows.logs.history(int(rows.text_user[t]), int(rows.text_place[t])) for t in typical]
         lines.append({"code": k, "texts": len(mine), "nearest_tokens": [model.tokenizer.decode([i]) for i in near[k].tolist()],
-                      "typical_users": [{"user": rows.data.users[int(rows.text_user[t])], "titles": lines_} for t, lines_ in zip(typical, titles)]})
+                      "typical_users": [{"user": rows.data.users[int(rows.text_user[t])], "titles": lines_}
+                                        for t, lines_ in zip(typical, titles)]})
     return lines, z
 
 
@@ -620,7 +627,8 @@ class Store:
         """Texts (T,) -> ((T, D), codes (T,)): looked up, and read by the LLM where not there yet."""
         codes = self.model.codes(texts)
         adapted = self.model.adapted[self.model.rows.text_user[texts]].tolist()
-        keys = [hashlib.sha256(repr((self.model.tokens(t), k, a)).encode()).hexdigest()[:32] for t, k, a in zip(texts.tolist(), codes.tolist(), adapted)]
+        keys = [hashlib.sha256(repr((self.model.tokens(t), k, a)).encode()).hexdigest()[:32]
+                for t, k, a in zip(texts.tolist(), codes.tolist(), adapted)]
         if self.model.args.prompt == "mixture":                  # no code: the vector is the user's own
             keys = [f"{key}/{t}" for key, t in zip(keys, texts.tolist())]
         new = {key: t for key, t in zip(keys, texts.tolist()) if key not in self.keys}
@@ -697,7 +705,9 @@ def first_level(model, texts):
 
 def adam(args, model, adapter=False, lr=None):
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": args.weight_decay}]
-    return torch.optim.Adam(groups + ([{"params": lora.parameters(model.llm), "lr": llm.suited(args.lora_lr, args.backbone, 1e-3, 1e-4)}] if adapter else []), lr=args.lr if lr is None else lr)
+    if adapter:
+        groups.append({"params": lora.parameters(model.llm), "lr": llm.suited(args.lora_lr, args.backbone, 1e-3, 1e-4)})
+    return torch.optim.Adam(groups, lr=args.lr if lr is None else lr)
 
 
 def train_adapter(model, on):
@@ -714,7 +724,8 @@ def train_base(args, run, model):
         loss = rec_loss(model.score(rows.train[:, batch]), args.head, args.tau).mean()
         return loss, {"loss": loss.detach()}
     batches = lambda rng: torch.as_tensor(rng.permutation(rows.train.shape[1]), device=rows.device).split(args.base_batch)
-    return epochs(args, run, model, "base", args.base_epochs, batches, step, adam(args, model), lambda: evaluate_rows(model, rows.valid)["overall"])
+    return epochs(args, run, model, "base", args.base_epochs, batches, step, adam(args, model),
+                  lambda: evaluate_rows(model, rows.valid)["overall"])
 
 
 def train_prompts(args, run, model):
@@ -749,7 +760,8 @@ def eliminate(args, run, model, known, mask):
     """Phase 4: [9]. known (T, D), mask (T,) of the training texts, in their order. The LLM reads judged texts only."""
     rows = model.rows
     texts = torch.as_tensor(rows.train_texts, device=rows.device)
-    for module in [model.to_state, model.ctr.user, model.ctr.item, model.extract, model.books, *([model.to_query, model.to_prompt] if model.soft else ())]:
+    soft = [model.to_query, model.to_prompt] if model.soft else []
+    for module in (model.to_state, model.ctr.user, model.ctr.item, model.extract, model.books, *soft):
         module.requires_grad_(False)
     train_adapter(model.llm, True)
 
@@ -779,8 +791,9 @@ def train(args, shared=None):
     if run.done("result"):
         return run.result(run.done("result"))
     model = CoCo(args, rows).to(device)
-    run.header(device=str(device), data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, {len(rows.data.items):,} items",
-               rows=f"train {rows.train.shape[1]:,}, valid {rows.valid.shape[1]:,}, test {rows.test.shape[1]:,} choices; {len(rows.text_user):,} texts",
+    run.header(device=str(device), data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
+               f"{len(rows.data.items):,} items", rows=f"train {rows.train.shape[1]:,}, valid {rows.valid.shape[1]:,}, "
+               f"test {rows.test.shape[1]:,} choices; {len(rows.text_user):,} texts",
                model=f"{sum(p.numel() for p in model.parameters()):,} trained beside {args.backbone}, prompt {args.prompt}")
     if shared:
         for phase in ("base", "collaborate"):
@@ -809,7 +822,8 @@ def train(args, shared=None):
             users = np.zeros(len(rows.data.users), dtype=bool)
             users[rows.text_user[texts[mask]].cpu().numpy()] = True
             size, mean = before.norm(dim=1), lambda x: round(float(x.sum() / max(len(x), 1)), 4)
-            result["judged"] = {"texts": round(float(mask.float().mean()), 4), "knowledge": mean(size[mask]), "knowledge_others": mean(size[~mask])}
+            result["judged"] = {"texts": round(float(mask.float().mean()), 4), "knowledge": mean(size[mask]),
+                                "knowledge_others": mean(size[~mask])}
             if args.adapt == "judged" and args.judge != "all":
                 model.adapted = torch.as_tensor(users, device=device)
             if misled(rows) is not None:
@@ -913,8 +927,9 @@ def ablations(args):
             runs.append(folder(name))
     cells = [c for c in found[names[0]][0]["test"] if c != "log_loss" and "=" not in c]
     columns = {c: lambda r, c=c: r["test"][c] for c in cells} | {
-        "NDCG@10": lambda r: r["ranking"]["ndcg@10"], "codes used": lambda r: r["codes"]["usage"], "perplexity": lambda r: r["codes"]["perplexity"],
-        "precision": lambda r: r["judged"]["precision"], "recall": lambda r: r["judged"]["recall"], "LoRA steps": lambda r: r["eliminate"]["steps"]}
+        "NDCG@10": lambda r: r["ranking"]["ndcg@10"], "codes used": lambda r: r["codes"]["usage"],
+        "perplexity": lambda r: r["codes"]["perplexity"], "precision": lambda r: r["judged"]["precision"],
+        "recall": lambda r: r["judged"]["recall"], "LoRA steps": lambda r: r["eliminate"]["steps"]}
     print(f"\ntest, mean ± std over {len(found[names[0]])} seeds")
     table = summarise(found, columns)
     plot(found, root / "pilot.png")
@@ -929,7 +944,8 @@ def plot(found, path):
     others = [name for name in found if name != "no LLM"]
     figure, axis = plt.subplots(figsize=(max(6, 1.2 * len(groups) + 2), 4))
     for k, name in enumerate(others):
-        gain = np.array([[r["test"].get(g, np.nan) - b["test"].get(g, np.nan) for g in groups] for r, b in zip(found[name], found["no LLM"])])
+        gain = np.array([[r["test"].get(g, np.nan) - b["test"].get(g, np.nan) for g in groups]
+                         for r, b in zip(found[name], found["no LLM"])])
         spread = gain.std(0, ddof=1) if len(gain) > 1 else None
         axis.bar(np.arange(len(groups)) + (k - len(others) / 2) / (len(others) + 1), gain.mean(0), 1 / (len(others) + 1), yerr=spread,
                  error_kw={"linewidth": 0.8, "ecolor": "grey"}, label=name)

@@ -179,7 +179,7 @@ class Args:
         at_least(self, 0, "min_interactions weights clip beta correct_lr_scale lora_alpha weight_decay negative_power")
         if self.dim % self.heads:
             raise ValueError("--dim must be a multiple of --heads")
-        if self.temperature <= 0 or self.rm_lr <= 0 or self.max_grad_norm <= 0 or (self.lr is not None and self.lr <= 0) or not 0 <= self.dropout < 1:
+        if not all(x is None or x > 0 for x in (self.temperature, self.rm_lr, self.max_grad_norm, self.lr)) or not 0 <= self.dropout < 1:
             raise ValueError("--temperature, --lr, --rm-lr and --max-grad-norm must be positive and --dropout in [0, 1)")
 
 
@@ -214,8 +214,8 @@ class RewardModel(nn.Module):
 
     def set_priors(self, texts, logs):
         """Set what is known before training. The item bias starts at the log of the training popularity: that is what
-        BCE against uniform negatives converges to first (softmax ignores the shift). told: the share of an item's training users who wrote one of
-        its reasons, which is how often a positive has a masked one (see match)."""
+        BCE against uniform negatives converges to first (softmax ignores the shift). told: the share of an item's
+        training users who wrote one of its reasons, which is how often a positive has a masked one (see match)."""
         count = logs.item_counts()
         self.bias.weight.data[1:, 0] = torch.from_numpy(np.log((count + 1) / (count + 1).mean())) - math.log(self.args.negatives)
         users, positions = logs.train_events()
@@ -617,7 +617,8 @@ def align(args, run, policy, logs):
     for step in progress(range(step, args.align_steps), "align", args.align_steps, initial=step):
         rng = np.random.default_rng([args.seed, 5, step])
         pick = rng.integers(0, len(users), args.align_prompts)
-        prompts, targets = align_examples(logs, users[pick], positions[pick], args.candidates, cuda.key_seed(args.seed, "candidates", step) % 2**31, seen)
+        draw = cuda.key_seed(args.seed, "candidates", step) % 2**31
+        prompts, targets = align_examples(logs, users[pick], positions[pick], args.candidates, draw, seen)
         prompts, targets = prompts[rank::world], targets[rank::world]
         tokens, out, texts = policy.sample(prompts, policy.align_tokens, ("align", step, rank))
         rules = torch.tensor([[rule_rewards(t, args.candidates, k) for t in group] for group, k in zip(texts, targets)],
@@ -1121,9 +1122,12 @@ def explain(args, model, logs, texts, u, top):
     scores[torch.as_tensor(logs.sequence(u).astype(np.int64), device=device)] = -torch.inf
     shown = []
     for i in scores.topk(min(top, int(torch.isfinite(scores).sum()))).indices.tolist():
-        w = [] if args.features == "ids" else model.match(users, torch.tensor([[i + 1]], device=device), texts, return_weights=True)[0, 0].mean(0).tolist()
-        reasons = [{"weight": round(weight, 4), "text": entry["text"]} for entry, weight in sorted(zip(texts.reason[i], w[1:]), key=lambda x: -x[1])]
-        shown.append({"title": logs.lines[i], "score": round(float(scores[i]), 4), "reasons": reasons, "no_reason": round(w[0], 4) if w else None})
+        item = torch.tensor([[i + 1]], device=device)
+        w = [] if args.features == "ids" else model.match(users, item, texts, return_weights=True)[0, 0].mean(0).tolist()
+        reasons = [{"weight": round(weight, 4), "text": entry["text"]}
+                   for entry, weight in sorted(zip(texts.reason[i], w[1:]), key=lambda x: -x[1])]
+        shown.append({"title": logs.lines[i], "score": round(float(scores[i]), 4), "reasons": reasons,
+                      "no_reason": round(w[0], 4) if w else None})
     return {"user": logs.data.users[u], "history": logs.history(u, end[0])[-5:], "pattern": texts.pattern[u], "top": shown}
 
 
@@ -1158,7 +1162,8 @@ def ablations(args):
                 continue
             folder = root / f"s{seed}" / re.sub(r"\W+", "-", name)
             print(f"\n=== {name}, seed {seed}", flush=True)
-            table.setdefault(name, []).append(train(variant(args, folder, seed=seed, **change), (root / f"s{seed}" / "full", phases, files)))
+            now, shared = variant(args, folder, seed=seed, **change), (root / f"s{seed}" / "full", phases, files)
+            table.setdefault(name, []).append(train(now, shared))
             runs.append(folder)
     first = next(iter(table.values()))
     columns = {"NDCG@10": lambda r: r["test"]["ndcg@10"], "Recall@10": lambda r: r["test"]["recall@10"],

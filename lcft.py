@@ -512,7 +512,7 @@ def worst(rows, index, found, most=50):
         liked, disliked = rows.before(index[k])
         lines.append({"user": rows.data.users[rows.user[index[k]]], "title": rows.lines[rows.item[index[k]]],
                       "liked": liked, "disliked": disliked, "truth": "like" if rows.label[index[k]] else "dislike",
-                      "asked": {FLIPS[rows.args.flip][0]: f"{word(p[k])} {p[k]:.3f}", FLIPS[rows.args.flip][1]: f"{word(n[k])} {n[k]:.3f}"}})
+                      "asked": {question: f"{word(x[k])} {x[k]:.3f}" for question, x in zip(FLIPS[rows.args.flip], (p, n))}})
     return lines
 
 
@@ -584,7 +584,8 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
         if done % args.eval_every == 0 or done == args.steps:
             now, _ = evaluate(host, valid, vectors)
             means = {k: float(np.mean([t[k] for t in totals])) for k in totals[0]}
-            run.log(name, done, args.steps, **means, **{f"valid_{k}": now[k] for k in ("auc", "contradiction", "soft_inconsistency", "ece")})
+            measures = ("auc", "contradiction", "soft_inconsistency", "ece")
+            run.log(name, done, args.steps, **means, **{f"valid_{k}": now[k] for k in measures})
             totals, waited = [], waited + 1
             if now["auc"] > best or args.keep == "last":
                 best, kept, waited = now["auc"], state(), 0

@@ -92,7 +92,8 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, at_least, differences, folder_of, main, prefix, progress, pyplot, strip, summarise, variant, write_atomically, write_table
+from common.run import (Run, UserError, at_least, differences, folder_of, main, prefix, progress, pyplot, strip, summarise,
+                        variant, write_atomically, write_table)
 from common.sequences import Logs, category_table
 
 
@@ -186,7 +187,7 @@ class Args:
         if "autoint" in (self.recommender, *self.recommenders) and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
         if self.ablations and (self.llm_loss, self.gate, self.lam) != (Args.llm_loss, Args.gate, Args.lam):
-            raise ValueError("--ablations sets --llm-loss, --gate and --lam itself; leave them out (--variants and --lams choose among them)")
+            raise ValueError("--ablations sets --llm-loss, --gate and --lam itself; leave them out (--variants and --lams choose)")
         if not self.lams or not self.mlp:
             raise ValueError("--lams and --mlp take numbers")
         if unknown := set(self.variants) - set(VARIANTS):
@@ -233,8 +234,10 @@ class Rows:
         self.tail = self.rank >= n - int(args.tail * n)                                       # (n_items,)
         brands = [[title.lower().split()[0].strip(",;:") + " (brand)"] if args.brand else [] for title in data.titles]
         self.categories = category_table([[*c[:8], *brand] for c, brand in zip(data.categories, brands)])
-        self.train, self.valid, self.test = (self.table(*pairs, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen)
-                                             for name, pairs, seen in zip(("train", "valid", "test"), asked, (logs.train_keys(), None, None)))
+        seen = {"train": logs.train_keys()}                                                   # see DEVIATIONS
+        self.train, self.valid, self.test = (
+            self.table(*pairs, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen.get(name))
+            for name, pairs in zip(("train", "valid", "test"), asked))
 
     def table(self, users, place, seed, seen):
         """(4, n) user, place, target, negative: each column stands for two rows. seen: see datasets.negatives."""
@@ -243,8 +246,8 @@ class Rows:
 
     def redraw(self, epoch):
         """New training negatives, a function of (seed, epoch)."""
-        users = self.train[0].cpu().numpy()
-        negative = datasets.negatives(self.data, users, 1, cuda.key_seed(self.args.seed, "train negatives", epoch) % 2**31, self.logs.train_keys())
+        users, seed = self.train[0].cpu().numpy(), cuda.key_seed(self.args.seed, "train negatives", epoch) % 2**31
+        negative = datasets.negatives(self.data, users, 1, seed, self.logs.train_keys())
         self.train[3] = torch.as_tensor(negative[:, 0].astype(np.int64), device=self.device)
 
     def history(self, users, place):
@@ -368,7 +371,8 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
 def print_auc(scores):
     """Print what the scores (2,) of some validation rows, a target and its negative, are worth without any click model."""
     s = np.stack([np.asarray(pair, dtype=np.float64) for pair in scores])
-    print(f"the LLM alone has AUC {metrics.auc(np.tile([True, False], len(s)), s.flatten()):.4f} on {2 * len(s)} validation rows", flush=True)
+    auc = metrics.auc(np.tile([True, False], len(s)), s.flatten())
+    print(f"the LLM alone has AUC {auc:.4f} on {2 * len(s)} validation rows", flush=True)
 
 
 def by_encoder(rows, wanted):
@@ -806,7 +810,8 @@ def fit(args, run, rows, scored, vectors):
             if not math.isfinite(total[0]):
                 raise UserError(f"training has diverged in epoch {epochs}; lower --lr")
             if used:
-                pick = torch.as_tensor(rng.choice(len(scored.users), min(args.pair_users, len(scored.users)), replace=False), device=rows.device)
+                pick = rng.choice(len(scored.users), min(args.pair_users, len(scored.users)), replace=False)
+                pick = torch.as_tensor(pick, device=rows.device)
                 llm_loss = regulariser(args, model, scored, pick)
                 total[1] += llm_loss.item()
                 loss = loss + args.lam * llm_loss
@@ -819,7 +824,8 @@ def fit(args, run, rows, scored, vectors):
             a, cold, tail = gate_view(args, model, scored)
             alpha = {f"alpha_{'cold' if c else 'warm'}_{'tail' if t else 'head'}": float(a[(cold == c) & (tail == t)].mean())
                      for c in (0, 1) for t in (0, 1) if ((cold == c) & (tail == t)).any()}
-        run.log("train", epoch + 1, args.epochs, loss=float(total[0]) / len(batches), llm_loss=float(total[1]) / len(batches), valid_auc=now, **alpha)
+        run.log("train", epoch + 1, args.epochs, loss=float(total[0]) / len(batches), llm_loss=float(total[1]) / len(batches),
+                valid_auc=now, **alpha)
         state = model.state_dict()
         if now > best:
             best, waited, kept = now, 0, {k: v.clone() for k, v in state.items()}
@@ -859,7 +865,8 @@ def evaluate_ranking(model, rows):
         rivals.append(n - 1 - int(seen.sum()))
     ranks, target = np.array(ranks), np.array([logs.sequence(u)[-1] for u in users])
     auc, ndcg = 1 - (ranks - 1) / np.array(rivals), metrics.ndcg_at(ranks, 10)
-    cells = {"overall": users >= 0, "cold": rows.cold[users], "very_cold": rows.very_cold[users], "tail": rows.tail[target], "dense": ~rows.cold[users] & ~rows.tail[target]}
+    cold, tail = rows.cold[users], rows.tail[target]
+    cells = {"overall": users >= 0, "cold": cold, "very_cold": rows.very_cold[users], "tail": tail, "dense": ~cold & ~tail}
     return {name: {"n": int(mask.sum()), "auc": round(float(auc[mask].mean()), 6), "ndcg@10": round(float(ndcg[mask].mean()), 6)}
             for name, mask in cells.items() if mask.any()}
 
@@ -921,7 +928,8 @@ def show(result):
     for cell in ("overall", "cold", "very_cold", "tail", "dense"):
         ranked = result["ranking"].get(cell, {})
         if cell in result["test"]:
-            print(f"{cell.replace('_', ' '):12}{result['test'][cell]:16.4f}{ranked.get('auc', math.nan):20.4f}{ranked.get('ndcg@10', math.nan):10.4f}")
+            print(f"{cell.replace('_', ' '):12}{result['test'][cell]:16.4f}{ranked.get('auc', math.nan):20.4f}"
+                  f"{ranked.get('ndcg@10', math.nan):10.4f}")
     if "gate_auc" in result:
         print(f"the gate finds the pairs on which the LLM is right: AUC {result['gate_auc']:.3f}")
 
@@ -949,7 +957,8 @@ def ablations(args):
     """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model on test, and
     (with matplotlib) gate.png: alpha per cell over the epochs. The same command again goes on where it stopped."""
     root = folder_of(args, "sllmr", "ablations")
-    known = [name for name in VARIANTS if name != "truth" or args.data.split(":")[0] == "toy" and not args.scores and args.scorer in ("auto", "oracle")]
+    told = args.data.split(":")[0] == "toy" and not args.scores and args.scorer in ("auto", "oracle")
+    known = [name for name in VARIANTS if name != "truth" or told]
     if "truth" in args.variants and "truth" not in known:
         raise UserError("--variants truth: where scores are right is only known of the toy world's own (--scorer oracle)")
     tables, runs = {}, []   # {recommender, variant, lambda: its row}
@@ -972,10 +981,12 @@ def ablations(args):
 
 
 def plot(folder):
-    """alpha per cell over the epochs, one picture per gate: its last seed, its largest lambda. Without matplotlib the same numbers are in metrics.jsonl."""
+    """alpha per cell over the epochs, one picture per gate: its last seed, its largest lambda. Without matplotlib the same
+    numbers are in metrics.jsonl."""
     if (plt := pyplot()) is None:
         return
-    runs = {gate: found[-1] for gate in ("paper", "normalised", "budget", "agreement") if (found := sorted(folder.glob(f"s*/{gate}-*/metrics.jsonl")))}
+    runs = {gate: found[-1] for gate in ("paper", "normalised", "budget", "agreement")
+            if (found := sorted(folder.glob(f"s*/{gate}-*/metrics.jsonl")))}
     if not runs:
         return
     figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3.5), sharey=True, squeeze=False)
@@ -983,7 +994,8 @@ def plot(folder):
     for axis, (gate, file) in zip(axes, runs.items()):
         log = [json.loads(line) for line in file.read_text().splitlines()]
         for key in sorted(k for k in log[0] if k.startswith("alpha_")):
-            axis.plot([r["step"] for r in log], [r[key] for r in log], marker="o", label=key.removeprefix("alpha_").replace("_", " user, ") + " item")
+            label = key.removeprefix("alpha_").replace("_", " user, ") + " item"
+            axis.plot([r["step"] for r in log], [r[key] for r in log], marker="o", label=label)
         axis.set(title=f"--gate {gate}, λ = {file.parent.name.split('-')[-1]}", xlabel="epoch", ylim=(0, 1))
     axes[0].set_ylabel("mean α")
     axes[0].legend()
