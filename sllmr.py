@@ -56,8 +56,8 @@ DEVIATIONS AND CHOICES
     item's text and of the past items' texts as inputs, from --backbone as it is, whatever the scores come from.
   - A training negative is an item that the user did not choose in training, and may be a held-out one: were these spared, no
     user would ever be pushed away from them. A negative to judge by is one that the user never chose.
-  - The negatives of the paper's 1:1 rows are drawn once, and a model learns them by heart: --redraw draws new ones in each epoch,
-    which makes the models better, with scores of an LLM more than without.
+  - The negatives of the paper's 1:1 rows are drawn once, and a model learns them by heart: --redraw draws new ones in each
+    epoch, which makes the models better.
   - A score that the LLM leaves out is unknown and makes no pair; the paper sets it to 0.5.
   - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts; of an item's categories
     the first eight.

@@ -38,6 +38,9 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
     ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 3e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 30 "
                      "--patience 4 --rank-users 100 --margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 --lams 0.1 "
                      "--variants 'none,ones,paper,fixed,agreement,no prior,truth' --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
+    ("sllmr", "toy-redraw", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --redraw --lr 3e-2 --weight-decay 1e-4 --batch 1024 "
+                            "--dim 32 --epochs 30 --patience 4 --rank-users 100 --margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 "
+                            "--lams 0.1 --variants 'none,ones,agreement,no prior,truth' --recommenders dcnv2,din", None),
     ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --brand --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
                                "--recommenders deepfm,xdeepfm,dcnv2,din,dcn,autoint", None),
     ("sllmr", "amazon-beauty-llm", "--ablations --seeds 0,1,2 --data amazon-beauty --scored-users 1000 --candidates 10 --extra 0.02 --tune-steps 200 "
@@ -45,14 +48,12 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
                                    "--variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
     ("sllmr", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 1000 --cold-users 0.3 --candidates 10 --tune-steps 200 --prompt-history 5 --lr 1e-2 "
                       "--weight-decay 1e-5 --batch 1024 --dim 32 --rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
-    ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
-                    "--variants 'no LLM,no LLM but categories,static,codebook,codebook and categories,full,adapt all,no LoRA,judge all'", None),
-    ("coco", "toy-parts", "--ablations --seeds 0,1,2 --data toy:300x600x15000 --epochs 6 "
-                          "--variants 'codebook,shared,mixture,joint,mean pool,no match,ste,ema,no reset'", None),
-    ("coco", "toy-misled", "--ablations --seeds 0,1,2 --data toy:300x600x15000:0.3 --epochs 6 "
-                           "--variants 'no LLM,no LLM but categories,static,codebook,full,adapt all,no LoRA,judge all'", None),
-    ("coco", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --base-epochs 3 --epochs 3 "
-                     "--variants 'no LLM,static,gender,age,codebook,adapt all'", "pilot.png"),
+    ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:600x2000x15000 --variants 'no LLM,no LLM but categories,static,codebook,"
+                    "codebook and categories,full,adapt all,judge all,recommender too,recommender alone'", None),
+    ("coco", "toy-parts", "--ablations --seeds 0,1,2 --data toy:400x1300x8000 --epochs 4 "
+                          "--variants 'codebook,shared,mixture,mean pool,no match,ste,ema,no reset'", None),
+    ("coco", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --epochs 3 "
+                     "--variants 'no LLM,no LLM but categories,static,codebook'", "pilot.png"),
     # last: it stops where wordllama, an optional package, is missing
     ("sllmr", "amazon-beauty-encoder", "--ablations --seeds 0,1,2 --data amazon-beauty --brand --scorer encoder --candidates 10 --extra 0.02 --lr 1e-2 "
                                        "--weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
