@@ -80,7 +80,8 @@ def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0
     if layers(model):
         raise ValueError("this model has LoRA layers already")
     head = model.get_output_embeddings()
-    plain = lambda m: isinstance(m, nn.Linear) and (type(m).forward is nn.Linear.forward or type(m).__name__ == "FalconLinear")   # the router of a mixture of experts is not one
+    # the router of a mixture of experts is a subclass with a forward of its own, and none of these
+    plain = lambda m: isinstance(m, nn.Linear) and (type(m).forward is nn.Linear.forward or type(m).__name__ == "FalconLinear")
     linear = {name: m for name, m in model.named_modules() if plain(m) and m is not head}
     if targets == "all-linear":
         chosen, missing = linear, [] if linear else [targets]
