@@ -14,13 +14,13 @@ CTR the base model, sg stop-gradient, c_k the K codes)
   [1] state       h_u = W [e_u; mean of e_j over the past]                                       -> CoCo.state
   [2] code        z_u = BatchNorm(W_q h_u), c the code nearest to z_u, passed on with gradient to both:
                   c + (z - sg z)                                                                 -> Codebook
-  [3] prompt      P_u = words + (their std) * reshape(W_p c), O_u = LLM([P_u; x_u])                     -> CoCo.prompt, CoCo.read
-  [4] extraction  k = MLP(mean softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3), P and O normalised    -> Extract
+  [3] prompt      P_u = words + (their std) * reshape(W_p c), O_u = LLM([P_u; x_u])              -> CoCo.prompt, CoCo.read
+  [4] extraction  k = MLP(mean softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3), P, O normalised   -> Extract
   [5] fusion      k_u = sigmoid(W_g [h; k]) k, h+ = h + k_u, s+ = CTR(h+) + <k_u, W_t t_i>       -> CoCo.score
   [6] phase 2     L = rec(s+) + rec(s-) + mse(sg z, c) + beta mse(z, sg c), s- = CTR(h)          -> loss_of
   [7] rec         nce: -log softmax(s / tau) of the target among negatives; bce: 1:1             -> rec_loss
   [8] judge       M_u = 1 where rec(s+) > rec(s-) + margin, on the same negatives                -> contradicted
-  [9] phase 4     rec(s+) + rec(s-), k read anew where M = 1, else as it was before phase 4       -> judged_loss
+  [9] phase 4     rec(s+) + rec(s-), k read anew where M = 1, else as it was before phase 4      -> judged_loss
 
 CHECKED BY, in tests/
   [1] test_state_extraction_and_fusion_by_hand
@@ -48,7 +48,7 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
     takes the mean over a user's choices, text that of one text's choices; one choice says too little (--judge-least). It
     judges once, before phase 4 (the summaries call it dynamic; --joint judges every batch).
   - In phase 4 each batch of judged texts comes with as many others, whose knowledge is taken from the last reading: the
-    recommender learns from both, the LLM from the judged ones. States, and with them codes, prompts and extraction stay as they
+    recommender, if --eliminate-lr lets it, learns from both, the LLM from the judged ones. States, and with them codes, prompts and extraction stay as they
     are: the knowledge of the others is read once.
   - The adapter is for users whom the judge named; the others are served with the LLM as it was, which is what the recommender
     saw of them in phase 4. --adapt all reads everybody with it: then what it does to the others is never trained.
@@ -59,7 +59,7 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
     text of a user (K^levels with --levels), kept in knowledge.safetensors for the texts of validation and test.
   - --joint trains all of it in one phase, judged batch by batch.
 
-  python coco.py --data toy:600x2000x15000                                # 3 minutes on 2 cores
+  python coco.py --data toy:600x2000x15000                                # 5 minutes on a core
   python coco.py --data ml1m --head nce --backbone Qwen/Qwen2.5-3B        # on a GPU
   python coco.py --ablations --seeds 0,1,2 --data toy:600x2000x15000     # prompts, judges, codebooks
 """

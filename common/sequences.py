@@ -31,6 +31,7 @@ class Logs:
         order = np.argsort(data.user, kind="stable")                          # the data are sorted by time already
         self.bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
         self.items, self.times = data.item[order], data.time[order]
+        self._train_keys = None
         self.on_device = None                                                 # items and bounds, where they were last read
         length = np.diff(self.bounds)
         self.n_train = np.where(length >= 3, length - 2, length)
@@ -71,8 +72,10 @@ class Logs:
 
     def train_keys(self):
         """What each user had in training, sorted keys user * n_items + item: what negatives to train with must spare."""
-        users, positions = self.train_events()
-        return np.unique(users.astype(np.int64) * len(self.data.items) + self.item_at(users, positions))
+        if self._train_keys is None:                                          # asked for in every epoch that draws anew
+            users, positions = self.train_events()
+            self._train_keys = np.unique(users.astype(np.int64) * len(self.data.items) + self.item_at(users, positions))
+        return self._train_keys
 
     def item_counts(self):
         """How often each item was chosen in training, (n_items,) int64: its popularity."""
