@@ -143,8 +143,7 @@ class Args:
     rm_batch: int = 16  # windows per step
     rm_lr: float = 4e-3  # learning rate of the reward model
     weight_decay: float = 0.01  # of the reward model's matrices and embeddings
-    rm_epochs: int = 30  # most epochs
-    rm_patience: int = 6  # epochs without a better validation NDCG@10
+    rm_epochs: int = 30  # all are trained: the learning rate falls until the last; the best on validation is kept
     rm_valid_users: int = 1000  # most users that validation ranks for, evenly spaced: every k-th
     # -- correction (phase 4)
     correct: bool = True  # --no-correct is the ablation without correction
@@ -175,7 +174,7 @@ class Args:
         if (self.random_reasons or self.texts == "data") and self.correct:
             raise ValueError("--random-reasons and --texts data need --no-correct: phase 4 would write anew")
         at_least(self, 1, "micro_batch align_steps align_prompts align_tokens text_tokens reasons max_reasons max_history rm_batch dim heads text_dim negatives "
-                          "correct_batch correct_events llm_batch eval_prompts lora_rank rm_epochs rm_patience rm_valid_users top layers prompt_history")
+                          "correct_batch correct_events llm_batch eval_prompts lora_rank rm_epochs rm_valid_users top layers prompt_history")
         at_least(self, 0, "min_interactions weights clip beta correct_lr_scale lora_alpha weight_decay negative_power")
         if self.dim % self.heads:
             raise ValueError("--dim must be a multiple of --heads")
@@ -807,17 +806,15 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     L = args.max_history
     weights, seen = (logs.item_counts() + 1.0) ** args.negative_power, logs.train_keys()
     log_q = torch.as_tensor(np.log(weights / weights.mean()), dtype=torch.float32, device=device)
-    saved, first, best, best_epoch, stale = run.begin(name), 0, -1.0, 0, 0
+    saved, first, best, best_epoch = run.begin(name), 0, -1.0, 0
     best_model = {k: v.clone() for k, v in model.state_dict().items()}
     if saved is not None:
         tensors, state = saved
-        first, best, best_epoch, stale = state["epoch"], state["best"], state["best_epoch"], state["stale"]
+        first, best, best_epoch = state["epoch"], state["best"], state["best_epoch"]
         model.load_state_dict(strip(tensors, "now/"))
         best_model = strip(tensors, "best/")
         run.load_optimizer(optimizer, tensors)
     for epoch in range(first, args.rm_epochs):
-        if stale >= args.rm_patience:
-            break
         model.train()
         # windows of L targets of a user's training sequence, cut elsewhere in each epoch
         batches = logs.windows(L, args.rm_batch, np.random.default_rng([args.seed, 19, epoch]))
@@ -843,14 +840,13 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
             total["grad_norm"] += float(norm) / count
         report = rank_all(args, model, logs, texts, "valid", limit=args.rm_valid_users)
         score = report["ndcg@10"]
-        stale = 0 if score > best else stale + 1
         if score > best:
             best, best_epoch = score, epoch + 1
             best_model = {k: v.clone() for k, v in model.state_dict().items()}
         run.log(name, epoch + 1, args.rm_epochs, **total, valid_ndcg10=score, valid_recall10=report["recall@10"])
         run.save(name, prefix("now/", model.state_dict()) | prefix("best/", best_model)
                  | run.optimizer_tensors(optimizer),
-                 {"epoch": epoch + 1, "best": best, "best_epoch": best_epoch, "stale": stale})
+                 {"epoch": epoch + 1, "best": best, "best_epoch": best_epoch})
     return {"best_epoch": best_epoch, "valid_ndcg@10": round(best, 4)}
 
 

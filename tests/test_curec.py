@@ -445,7 +445,7 @@ def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_result_to_the_bi
     (["--group", "1"], 2, "--group must be at least 2"), (["--data", "nowhere"], 1, "no such folder"),
     (["--data", "toy:5"], 1, "USERSxITEMSxINTERACTIONS"), (["--lora-targets", "wq"], 1, "no such linear layer"),
     (["--backbone", "/nowhere"], 1, "cannot be loaded"), (["--recommend", "u1"], 2, "needs --run"),
-    (["--random-reasons"], 2, "--no-correct"), (["--lr", "0"], 2, "--lr"), (["--rm-patience", "0"], 2, "--rm-patience"),
+    (["--random-reasons"], 2, "--no-correct"), (["--lr", "0"], 2, "--lr"), (["--rm-epochs", "0"], 2, "--rm-epochs"),
     (["--correct-events", "0"], 2, "--correct-events"), (["--heads", "0"], 2, "--heads"), (["--data", "toy", "--min-interactions", "500"], 1, "--min-interactions"),
     (["--data", "toy", "--negatives", "390"], 1, "--negatives 390"), (["--ablations", "--variants", "w/o update"], 2, "w/o update: needs full too"), (["--variants", "half"], 2, "half: among full,ids only")])
 def test_a_users_mistake_is_one_clear_line(flags, status, words, tmp_path, capsys, monkeypatch):
