@@ -1,8 +1,9 @@
 """CoCo: a codebook of soft prompts, and a judge that fine-tunes the LLM only where it hurts (arXiv 2510.14257).
 
-What an LLM knows of a user's history helps some users and misleads others, and one text prompt cannot suit all. CoCo lets
-the recommender choose: the state of a user picks one of K learned soft prompts, with which a frozen LLM reads the user's
-history; what it says is fused into the state. Then a judge looks where this made things worse, and only there the LLM learns.
+What an LLM knows of a user's history helps some users and misleads others, and one text prompt cannot suit all.
+CoCo lets the recommender choose: the state of a user picks one of K learned soft prompts, with which a frozen
+LLM reads the user's history; what it says is fused into the state. Then a judge looks where this made things
+worse, and only there the LLM learns.
 
   1 base          the recommender alone
   2 collaborate   codes, prompts, extraction and fusion learn from the recommendation loss; the LLM is frozen
@@ -33,30 +34,38 @@ CHECKED BY, in tests/
   [8] test_without_knowledge_nobody_is_contradicted_and_a_knowledge_that_hurts_is_found
   [9] test_a_text_that_is_not_judged_gives_the_llm_exactly_no_gradient_and_the_recommender_its_own
 
-DEVIATIONS AND CHOICES. The paper's text is not public beyond abstract and summaries: the formulas above are ours wherever these
-are silent, which is nearly everywhere (K, prompt length, losses' weights, recommender, metric, data).
+DEVIATIONS AND CHOICES. The paper's text is not public beyond abstract and summaries: the formulas above are
+ours wherever these are silent, which is nearly everywhere (K, prompt length, losses' weights, recommender,
+metric, data).
   - z is standardised over users: states are alike, and without it all codes are nearly the same prompt.
-  - The usual straight-through z + sg(c - z) gives the codes no gradient of the task: prompts would move by k-means only. [2]
-    gives it to both sides; --vq ste and ema are the usual forms, to compare: on the toy world all three do alike.
-  - <k_u, W_t t_i> in [5], t_i the LLM's vector of the item's text: knowledge about a user is of no use to a model whose items
-    are ids that the text never names. --no-match is the fusion of the state alone. These texts hold the items' categories, which
-    the base model reads with --categories only: the ablation's "no LLM but categories" says what an LLM is worth beside them.
-  - One text serves the next --text-every choices of its user: no text holds a choice that it is to predict, and the LLM
-    reads a fifth as much.
+  - The usual straight-through z + sg(c - z) gives the codes no gradient of the task: prompts would move by
+    k-means only. [2] gives it to both sides; --vq ste and ema are the usual forms, to compare: on the toy world
+    all three do alike.
+  - <k_u, W_t t_i> in [5], t_i the LLM's vector of the item's text: knowledge about a user is of no use to a
+    model whose items are ids that the text never names. --no-match is the fusion of the state alone. These
+    texts hold the items' categories, which the base model reads with --categories only: the ablation's "no LLM
+    but categories" says what an LLM is worth beside them.
+  - One text serves the next --text-every choices of its user: no text holds a choice that it is to predict, and
+    the LLM reads a fifth as much.
   - rec(s-) in [6]: else the judge would compare a trained branch with one that is not.
-  - The judge needs the target, so it exists in training only; when served, everybody has the knowledge. --judge-level user
-    takes the mean over a user's choices, text that of one text's choices; one choice says too little (--judge-least). It
-    judges once, before phase 4 (the summaries call it dynamic; --joint judges every batch).
-  - In phase 4 each batch of judged texts comes with as many others, whose knowledge is taken from the last reading: the
-    recommender, if --eliminate-lr lets it, learns from both, the LLM from the judged ones. States, and with them codes, prompts and extraction stay as they
-    are: the knowledge of the others is read once.
-  - The adapter is for users whom the judge named; the others are served with the LLM as it was, which is what the recommender
-    saw of them in phase 4. --adapt all reads everybody with it: then what it does to the others is never trained.
-  - The summaries name InfoNCE: that is --head nce. The default, bce, is click prediction on 1:1 rows, and so are the README's tables.
+  - The judge needs the target, so it exists in training only; when served, everybody has the knowledge.
+    --judge-level user takes the mean over a user's choices, text that of one text's choices; one choice says
+    too little (--judge-least). It judges once, before phase 4 (the summaries call it dynamic; --joint judges
+    every batch).
+  - In phase 4 each batch of judged texts comes with as many others, whose knowledge is taken from the last
+    reading: the recommender, if --eliminate-lr lets it, learns from both, the LLM from the judged ones. States,
+    and with them codes, prompts and extraction stay as they are: the knowledge of the others is read once.
+  - The adapter is for users whom the judge named; the others are served with the LLM as it was, which is what
+    the recommender saw of them in phase 4. --adapt all reads everybody with it: then what it does to the others
+    is never trained.
+  - The summaries name InfoNCE: that is --head nce. The default, bce, is click prediction on 1:1 rows, and so
+    are the README's tables.
   - Training negatives are drawn anew in each epoch: the same ones would be learned by heart.
-  - Confidence (--judge confidence) is the probability of the right answers: of 1 - p for a negative. With nce it is the loss.
-  - A served vector is a function of (text, code, with or without the adapter, which the user decides): at most K LLM passes per
-    text of a user (K^levels with --levels), kept in knowledge.safetensors for the texts of validation and test.
+  - Confidence (--judge confidence) is the probability of the right answers: of 1 - p for a negative. With nce
+    it is the loss.
+  - A served vector is a function of (text, code, with or without the adapter, which the user decides): at most
+    K LLM passes per text of a user (K^levels with --levels), kept in knowledge.safetensors for the texts of
+    validation and test.
   - --joint trains all of it in one phase, judged batch by batch.
 
   python coco.py --data toy:600x2000x15000                                # 5 minutes on a core
@@ -64,7 +73,7 @@ are silent, which is nearly everywhere (K, prompt length, losses' weights, recom
   python coco.py --ablations --seeds 0,1,2 --data toy:600x2000x15000     # prompts, judges, codebooks
 """
 
-# 1 ---------------------------------------------------------------------------------------------------- imports
+# 1 ------------------------------------------------------------------------------------------ imports
 import hashlib
 import time
 from contextlib import nullcontext
@@ -79,15 +88,17 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import Run, UserError, at_least, folder_of, main, prefix, progress, pyplot, strip, summarise, variant, write_table
+from common.run import (Run, UserError, at_least, folder_of, main, prefix, progress, pyplot, strip,
+                        summarise, variant, write_table)
 from common.sequences import Logs, category_table
 
 
-# 2 ---------------------------------------------------------------------------------------------------- arguments
+# 2 ------------------------------------------------------------------------------------------ arguments
 @dataclass
 class Args:
     # -- run
-    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS[:MISLED], the share of misled users), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
+    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS[:MISLED], the share of misled users), ml1m,
+    # ml100k, ml-latest-small, amazon-..., or a folder of your own logs
     data_dir: str | None = None  # a folder that already holds the data sets (else LLMREC_DATA, else download)
     max_bad_rows: int = 0  # broken rows to skip before giving up
     run: str | None = None  # run folder (default: runs/coco-DATA-BACKBONE-sSEED)
@@ -97,7 +108,8 @@ class Args:
     device: str = "auto"  # auto (CUDA if there is one, else CPU), cpu, cuda, mps
     dtype: str = "auto"  # of the frozen backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     ablations: bool = False  # run VARIANTS and print one table
-    variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all that the data allow)
+    variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS
+    # (default: all that the data allow)
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     # -- data
     min_rating: float = 0.0  # interactions rated lower are dropped; 0 keeps all
@@ -117,26 +129,34 @@ class Args:
     prompt_history: int = 5  # titles in a text
     text_every: int = 5  # choices of a user that one text serves
     # -- method
-    prompt: str = "codebook"  # codebook | mixture of the codes | shared: one soft prompt | static: a text | group:FIELD: a text per group | none: no LLM
+    prompt: str = "codebook"  # codebook | mixture of the codes | shared: one soft prompt | static: a text |
+    # group:FIELD: a text per group | none: no LLM
     codes: int = 16  # K, size of the codebook
     levels: int = 1  # residual levels of the codebook
     prompt_len: int = 4  # m: vectors of a soft prompt
-    vq: Literal["both", "ste", "ema"] = "both"  # gradient of a code: both (the task's, too) | ste (straight-through) | ema (moving average)
+    vq: Literal["both", "ste", "ema"] = "both"  # gradient of a code: both (the task's, too) |
+    # ste (straight-through) | ema (moving average)
     beta: float = 0.25  # weight of the commitment term
     decay: float = 0.99  # of the moving average, with --vq ema
     dead: int = 20  # batches without being chosen after which a code moves to a random state (0: never)
     kmeans: bool = True  # codes start by k-means of the first states (else at random)
     extract: Literal["attention", "mean"] = "attention"  # attention (eq. 4), or the mean of the LLM's output
     match: bool = True  # compare knowledge with the LLM's vector of the item's text
-    static_prompt: str = "What does this user like?"  # the text of --prompt static; soft prompts start from its words
+    static_prompt: str = "What does this user like?"  # the text of --prompt static;
+    # soft prompts start from its words
     group_prompt: str = "This user's {field} is {value}. What does this user like?"  # of --prompt group:FIELD
     # -- judge
-    judge: Literal["loss", "confidence", "off", "all"] = "loss"  # who trains the LLM: those whom it hurts by loss or confidence (eq. 8), nobody (off), or all
-    judge_level: Literal["user", "text"] = "user"  # the mean over all choices of a user, or over those of one text
+    judge: Literal["loss", "confidence", "off", "all"] = "loss"  # who trains the LLM:
+    # those whom it hurts by loss or confidence (eq. 8), nobody (off), or all
+    judge_level: Literal["user", "text"] = "user"  # the mean over all choices of a user,
+    # or over those of one text
     judge_least: int = 3  # fewest choices to judge a user or a text by
-    margin: float = -0.03  # ε of eq. 8, nats (or probability); negative: also those whom the LLM helps by less than that
-    adapt: Literal["judged", "all"] = "judged"  # whose texts are read with the adapter: the judged users', or everybody's (always so with --joint)
-    align: float = 0.0  # weight of an InfoNCE term that pulls a judged user's knowledge towards the behavioural state
+    margin: float = -0.03  # ε of eq. 8, nats (or probability);
+    # negative: also those whom the LLM helps by less than that
+    adapt: Literal["judged", "all"] = "judged"  # whose texts are read with the adapter:
+    # the judged users', or everybody's (always so with --joint)
+    align: float = 0.0  # weight of an InfoNCE term that pulls a judged user's knowledge
+    # towards the behavioural state
     joint: bool = False  # all in one phase
     # -- lora
     lora_targets: str = "q_proj,v_proj"  # comma-separated names of linear layers, or all-linear
@@ -144,7 +164,8 @@ class Args:
     lora_alpha: float = 16.0  # α; the adapter is scaled by α / r
     # -- optimisation
     lr: float = 3e-3  # of the recommender, prompts and fusion
-    lora_lr: float | None = None  # learning rate of the adapter (default 1e-4; 1e-3 for tiny); 0: phase 4 without it
+    lora_lr: float | None = None  # learning rate of the adapter (default 1e-4; 1e-3 for tiny);
+    # 0: phase 4 without it
     weight_decay: float = 1e-6  # L2 of all but the adapter, added to the gradient as Adam has it
     base_epochs: int = 100  # most epochs of phase 1
     epochs: int = 6  # most epochs of phase 2
@@ -158,25 +179,27 @@ class Args:
     rank_users: int = 500  # users of the full ranking
 
     def check(self):
-        if self.prompt not in ("codebook", "mixture", "shared", "static", "none") and not self.prompt.startswith("group:"):
+        if (self.prompt not in ("codebook", "mixture", "shared", "static", "none")
+                and not self.prompt.startswith("group:")):
             raise ValueError("--prompt is codebook, mixture, shared, static, none or group:FIELD")
         at_least(self, 2, "batch")                               # z is standardised over a batch
-        at_least(self, 1, "negatives test_negatives dim mlp max_history prompt_history text_every codes levels prompt_len base_batch epochs "
-                          "eliminate_epochs eliminate_batch judge_least base_epochs patience rank_users lora_rank")
+        at_least(self, 1, "negatives test_negatives dim mlp max_history prompt_history text_every codes "
+                          "levels prompt_len base_batch epochs eliminate_epochs eliminate_batch judge_least "
+                          "base_epochs patience rank_users lora_rank")
         at_least(self, 0, "beta dead align weight_decay lora_lr eliminate_lr lora_alpha")
         if self.tau <= 0 or self.lr <= 0 or not self.static_prompt.strip():
             raise ValueError("--tau and --lr must be positive, --static-prompt not empty")
         if self.recommender == "autoint" and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
         if (self.vq != "both" or self.levels > 1) and self.prompt != "codebook":
-            raise ValueError(f"--prompt {self.prompt} chooses no code, so that --vq {self.vq} and --levels {self.levels} mean "
-                             "nothing there; leave them out")
+            raise ValueError(f"--prompt {self.prompt} chooses no code, so that --vq {self.vq} and "
+                             f"--levels {self.levels} mean nothing there; leave them out")
         if self.joint and self.align:
             raise ValueError("--align is a term of phase 4, and --joint has none; leave one of them out")
-        if self.ablations and any(getattr(self, name) != getattr(Args, name)
-                                  for name in ("prompt", "judge", "joint", "vq", "adapt", "lora_lr", "categories")):
-            raise ValueError("--ablations sets --prompt, --judge, --joint, --vq, --adapt, --lora-lr and --categories itself; "
-                             "leave them out")
+        if self.ablations and any(getattr(self, name) != getattr(Args, name) for name in
+                                  ("prompt", "judge", "joint", "vq", "adapt", "lora_lr", "categories")):
+            raise ValueError("--ablations sets --prompt, --judge, --joint, --vq, --adapt, --lora-lr and "
+                             "--categories itself; leave them out")
         if not 0 <= self.dropout < 1 or not 0 <= self.decay < 1 or not self.mlp:
             raise ValueError("--dropout and --decay must be in [0, 1), --mlp not empty")
         if unknown := set(self.variants) - set(VARIANTS):
@@ -187,34 +210,42 @@ class Args:
             raise ValueError("--group-prompt: only {field} and {value} may stand in braces") from None
 
 
-# 3 ---------------------------------------------------------------------------------------------------- rows
+# 3 ------------------------------------------------------------------------------------------ rows
 class Rows:
-    """Who is asked about what, and what the LLM reads for it. A table is (3 + C, n): user, place, text, then target and
-    negatives. A user's last choice is test, the one before validation; the first has no past and is no target.
+    """Who is asked about what, and what the LLM reads for it. A table is (3 + C, n): user, place, text, then
+    target and negatives. A user's last choice is test, the one before validation; the first has no past and is
+    no target.
 
-    Text number t is of user text_user[t], and was written after text_place[t] choices; texts of one user are in time order.
+    Text number t is of user text_user[t], and was written after text_place[t] choices; texts of one user are in
+    time order.
     """
 
     def __init__(self, args, device):
-        data = datasets.min_rating(datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed), args.min_rating)
+        data = datasets.min_rating(datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed),
+                                   args.min_rating)
         if args.users:
             data = datasets.sample_users(data, args.users, args.seed)
         self.args, self.data, self.device, self.logs = args, data, device, Logs(data, args.prompt_history)
         logs = self.logs
         asked = logs.targets(args.data)
-        stands = [(u, p - (p - 1) % args.text_every) for u, p in asked]       # a text is written every few choices, and serves the next
-        pairs, number = np.unique(np.concatenate([np.stack(s) for s in stands], 1), axis=1, return_inverse=True)
+        # a text is written every few choices, and serves the next
+        stands = [(u, p - (p - 1) % args.text_every) for u, p in asked]
+        pairs, number = np.unique(np.concatenate([np.stack(s) for s in stands], 1),
+                                  axis=1, return_inverse=True)
         self.text_user, self.text_place = (torch.as_tensor(x.astype(np.int64), device=device) for x in pairs)
         number = np.split(number.ravel(), np.cumsum([len(u) for u, _ in asked])[:-1])
         tables = []
         for (u, p), text, name in zip(asked, number, ("train", "valid", "test")):
             many = {"train": args.negatives if args.head == "nce" else 1}.get(name, args.test_negatives)
-            seen = logs.train_keys() if name == "train" else None         # a training negative may be a held-out item
-            negatives = datasets.negatives(data, u, many, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen)
+            # a training negative may be a held-out item
+            seen = logs.train_keys() if name == "train" else None
+            negatives = datasets.negatives(data, u, many,
+                                           cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen)
             table = np.concatenate([np.stack([u, p, text, logs.item_at(u, p)]), negatives.T])
             tables.append(torch.as_tensor(table.astype(np.int64), device=device))
         self.train, self.valid, self.test = tables
-        ends = torch.bincount(self.train[2], minlength=len(self.text_user)).cumsum(0)          # rows of a text are neighbours
+        # rows of a text are neighbours
+        ends = torch.bincount(self.train[2], minlength=len(self.text_user)).cumsum(0)
         self.first = torch.cat([ends.new_zeros(1), ends])
         self.train_texts = (self.first.diff() > 0).nonzero()[:, 0].cpu().numpy()
 
@@ -226,10 +257,13 @@ class Rows:
         return self.train[:, start[owner] + torch.arange(len(owner), device=self.device)], owner
 
     def redraw(self, *when):
-        """New training negatives, a function of (seed, when): the same ones in every epoch would be learned by heart."""
-        users, seed = self.train[0].cpu().numpy(), cuda.key_seed(self.args.seed, "train negatives", *when) % 2**31
+        """New training negatives, a function of (seed, when): the same ones in every epoch would be learned by
+        heart."""
+        users, seed = (self.train[0].cpu().numpy(),
+                       cuda.key_seed(self.args.seed, "train negatives", *when) % 2**31)
         negatives = datasets.negatives(self.data, users, len(self.train) - 4, seed, self.logs.train_keys())
-        self.train = torch.cat([self.train[:4], torch.as_tensor(negatives.T.astype(np.int64), device=self.device)])
+        self.train = torch.cat([self.train[:4],
+                                torch.as_tensor(negatives.T.astype(np.int64), device=self.device)])
 
     def history(self, users, place):
         """(B, L) the items before a place, shifted by one, oldest first, 0 = padding on the right."""
@@ -239,25 +273,26 @@ class Rows:
         """(names, (n_users,) group of each user)."""
         fields = self.data.user_fields
         if field not in fields:
-            raise UserError(f"--prompt group:{field}: these data have {', '.join(fields) if fields else 'no user fields'}; "
-                            "take another --prompt")
+            raise UserError(f"--prompt group:{field}: these data have "
+                            f"{', '.join(fields) if fields else 'no user fields'}; take another --prompt")
         names, group = np.unique([str(v) for v in fields[field]], return_inverse=True)
         return [str(n) for n in names], group
 
 
-# 4 ---------------------------------------------------------------------------------------------------- prompts
+# 4 ------------------------------------------------------------------------------------------ prompts
 TEXT = "\nThe user chose these titles, oldest first:\n{history}\nAnswer in one line."
 
 
 def words(model, tokenizer, texts, length):
-    """Texts as prompts: the embeddings of their words, (n, m, width). Longer than `length` is cut if it is given; shorter ones
-    repeat their last word."""
+    """Texts as prompts: the embeddings of their words, (n, m, width). Longer than `length` is cut if it is
+    given; shorter ones repeat their last word."""
     ids = [list(llm.plain_ids(tokenizer, t))[:length] for t in texts]
     m = length or max(map(len, ids))
-    return model.get_input_embeddings()(torch.tensor([x + x[-1:] * (m - len(x)) for x in ids], device=model.device)).detach()
+    return model.get_input_embeddings()(
+        torch.tensor([x + x[-1:] * (m - len(x)) for x in ids], device=model.device)).detach()
 
 
-# 5 ---------------------------------------------------------------------------------------------------- codebook
+# 5 ------------------------------------------------------------------------------------------ codebook
 class Codebook(nn.Module):
     """[2] Vector quantisation (arXiv 1711.00937): each z becomes the nearest of K codes.
 
@@ -273,7 +308,7 @@ class Codebook(nn.Module):
         self.codes = nn.Parameter(torch.randn(n_codes, dim), requires_grad=gradient != "ema")
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
         self.register_buffer("unused", torch.zeros(n_codes, dtype=torch.long))
-        self.register_buffer("size", torch.ones(n_codes))                  # EMA: how many chose a code, and their sum
+        self.register_buffer("size", torch.ones(n_codes))        # EMA: how many chose a code, and their sum
         self.register_buffer("total", self.codes.detach().clone())
         self.generator = torch.Generator().manual_seed(0)
 
@@ -281,12 +316,14 @@ class Codebook(nn.Module):
     def start(self, z, rounds=10):
         """k-means on z (N, D): codes where the states are."""
         z, K = z.detach().float(), len(self.codes)
-        pick = torch.cat([torch.randperm(len(z), generator=self.generator) for _ in range(-(-K // len(z)))])[:K]
+        pick = torch.cat([torch.randperm(len(z), generator=self.generator)
+                          for _ in range(-(-K // len(z)))])[:K]
         codes = z[pick.to(z.device)].clone()
         for _ in range(rounds):
             index = self.nearest(z, codes)
             count = torch.bincount(index, minlength=K)[:, None]
-            codes = torch.where(count > 0, torch.zeros_like(codes).index_add_(0, index, z) / count.clamp(min=1), codes)
+            codes = torch.where(count > 0,
+                                torch.zeros_like(codes).index_add_(0, index, z) / count.clamp(min=1), codes)
         self.codes.copy_(codes)
         self.total.copy_(codes)
         self.size.fill_(1.0)
@@ -300,7 +337,8 @@ class Codebook(nn.Module):
         return far.argmin(1)
 
     def forward(self, z):
-        """z (N, D) -> (its code, with the gradient chosen, (N, D); index (N,); codebook and commitment terms, a number)."""
+        """z (N, D) -> (its code, with the gradient chosen, (N, D); index (N,); codebook and commitment terms, a
+        number)."""
         if self.training and self.kmeans and not self.ready:
             self.start(z)
         index = self.nearest(z.detach(), self.codes.detach())
@@ -310,7 +348,8 @@ class Codebook(nn.Module):
         commitment = self.beta * F.mse_loss(z, c.detach())
         if self.gradient == "both":
             return c + (z - z.detach()), index, commitment + F.mse_loss(c, z.detach())
-        return z + (c - z).detach(), index, commitment if self.gradient == "ema" else commitment + F.mse_loss(c, z.detach())
+        return (z + (c - z).detach(), index,
+                commitment if self.gradient == "ema" else commitment + F.mse_loss(c, z.detach()))
 
     @torch.no_grad()
     def learn(self, z, index):
@@ -318,7 +357,8 @@ class Codebook(nn.Module):
         count = torch.bincount(index, minlength=len(self.codes))
         if self.gradient == "ema":
             self.size.lerp_(count.to(self.size.dtype), 1 - self.decay)
-            self.total.lerp_(torch.zeros_like(self.total).index_add_(0, index, z.to(self.total.dtype)), 1 - self.decay)
+            self.total.lerp_(torch.zeros_like(self.total).index_add_(0, index, z.to(self.total.dtype)),
+                             1 - self.decay)
             n = self.size.sum()
             self.codes.copy_(self.total / ((self.size + 1e-5) / (n + len(self.codes) * 1e-5) * n)[:, None])
         self.unused.copy_(torch.where(count > 0, 0, self.unused + 1))
@@ -334,7 +374,7 @@ def usage(index, n_codes):
     return float((p > 0).float().mean()), float(torch.exp(-(p * p.clamp(min=1e-12).log()).sum()))
 
 
-# 6 ---------------------------------------------------------------------------------------------------- model
+# 6 ------------------------------------------------------------------------------------------ model
 class Extract(nn.Module):
     """[4] What the prompt asks of the LLM's output: cross-attention, mean over the m queries, an MLP."""
 
@@ -358,8 +398,8 @@ class Extract(nn.Module):
 
 
 class CoCo(nn.Module):
-    """Recommender, codebook, prompts, extraction and fusion; the LLM is beside it (self.llm, not a submodule), frozen but
-    for its adapter. self.passes counts the texts that it has read."""
+    """Recommender, codebook, prompts, extraction and fusion; the LLM is beside it (self.llm, not a submodule),
+    frozen but for its adapter. self.passes counts the texts that it has read."""
 
     def __init__(self, args, rows):
         super().__init__()
@@ -372,7 +412,8 @@ class CoCo(nn.Module):
         if args.prompt == "none":
             return
         model, tokenizer = llm.load(args.backbone, rows.device, cuda.pick_dtype(args.dtype, rows.device))
-        lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, 0.0, cuda.key_seed(args.seed, "lora") % 2**31)
+        lora.inject(model, args.lora_targets, args.lora_rank, args.lora_alpha, 0.0,
+                    cuda.key_seed(args.seed, "lora") % 2**31)
         train_adapter(model, False)
         self.__dict__["llm"], self.tokenizer, W = model, tokenizer, llm.width(model)
         self.books = nn.ModuleList()
@@ -381,17 +422,20 @@ class CoCo(nn.Module):
         if args.prompt.startswith("group:"):
             names, group = rows.groups(args.prompt[6:])
             texts = [args.group_prompt.format(field=args.prompt[6:], value=name) for name in names]
-        self.register_buffer("words", words(model, tokenizer, texts, args.prompt_len if self.soft else None).float(), persistent=False)
+        self.register_buffer("words", words(model, tokenizer, texts,
+                                            args.prompt_len if self.soft else None).float(), persistent=False)
         self.register_buffer("group", torch.as_tensor(group.astype(np.int64)), persistent=False)
         self.register_buffer("adapted", torch.ones(len(group), dtype=torch.bool), persistent=False)
         self.m = self.words.shape[1]
         if self.soft:
-            self.to_query = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, affine=False))   # users apart, however alike their h
+            # users apart, however alike their h
+            self.to_query = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, affine=False))
             self.to_prompt = nn.Linear(D, self.m * W)
-            self.scale = float(self.words.std())                                              # the size of a word's embedding
+            self.scale = float(self.words.std())                 # the size of a word's embedding
             books = 1 if args.prompt == "shared" else args.levels
-            self.books = nn.ModuleList(Codebook(1 if args.prompt == "shared" else args.codes, D, args.vq, args.beta, args.decay,
-                                                args.dead, args.kmeans) for _ in range(books))
+            self.books = nn.ModuleList(
+                Codebook(1 if args.prompt == "shared" else args.codes, D, args.vq,
+                         args.beta, args.decay, args.dead, args.kmeans) for _ in range(books))
         self.extract, self.gate = Extract(W, D, args.extract), nn.Linear(2 * D, D)
         vectors = llm.encode(model, tokenizer, rows.logs.lines, desc="item texts")
         self.register_buffer("items", (vectors - vectors.mean(0)) / (vectors.std(0) + 1e-6), persistent=False)
@@ -399,18 +443,21 @@ class CoCo(nn.Module):
 
     def state(self, users, place):
         """[1] h (B, D) of users before a place."""
-        past = F.embedding_bag(self.rows.history(users, place), self.ctr.item.weight, mode="mean", padding_idx=0)
+        past = F.embedding_bag(self.rows.history(users, place), self.ctr.item.weight,
+                               mode="mean", padding_idx=0)
         return self.to_state(torch.cat([self.ctr.user(users), past], -1))
 
     def prompt(self, texts):
-        """[2, 3] The prompts of texts (T,) -> (P (T, m, width); codes (T,), of several levels in one number; VQ terms)."""
-        users, none = self.rows.text_user[texts], torch.zeros(len(texts), dtype=torch.long, device=texts.device)
+        """[2, 3] The prompts of texts (T,) -> (P (T, m, width); codes (T,), of several levels in one number; VQ
+        terms)."""
+        users, none = (self.rows.text_user[texts],
+                       torch.zeros(len(texts), dtype=torch.long, device=texts.device))
         if not self.soft:
             group = self.group[users]
             return self.words[group], group, self.words.new_zeros(())
         z = self.to_query(self.state(users, self.rows.text_place[texts]))
         index, terms, value, left = none, z.new_zeros(()), 0, z
-        if self.args.prompt == "mixture":                        # soft attention over the codes, instead of one
+        if self.args.prompt == "mixture":  # soft attention over the codes, instead of one
             codes = self.books[0].codes
             if self.training and self.args.kmeans and not self.books[0].ready:
                 self.books[0].start(z)
@@ -422,7 +469,7 @@ class CoCo(nn.Module):
                 c, chosen, term = book(left)
                 c = c - (left - left.detach()) if level else c   # the task's gradient goes to the state once
                 value, left = value + c, left - c.detach()
-                index, terms = index * len(book.codes) + chosen, terms + term                # levels are digits
+                index, terms = index * len(book.codes) + chosen, terms + term   # levels are digits
         return self.words[0] + self.scale * self.to_prompt(value).view(len(texts), self.m, -1), index, terms
 
     @torch.no_grad()
@@ -434,24 +481,28 @@ class CoCo(nn.Module):
     def tokens(self, text):
         """What the LLM reads: slots for the prompt, then the user's last titles."""
         u, place = int(self.rows.text_user[text]), int(self.rows.text_place[text])
-        return llm.chat(self.tokenizer, [*range(self.m), TEXT.format(history=history_lines(self.rows.logs.history(u, place)))])
+        return llm.chat(self.tokenizer, [
+            *range(self.m), TEXT.format(history=history_lines(self.rows.logs.history(u, place)))])
 
     def read(self, texts, prompt):
-        """[3, 4] texts (T,), prompt (T, m, width) -> what the LLM knows (T, D), before fusion. One LLM pass per text, for
-        users of self.adapted with the adapter."""
+        """[3, 4] texts (T,), prompt (T, m, width) -> what the LLM knows (T, D), before fusion. One LLM pass per
+        text, for users of self.adapted with the adapter."""
         self.passes += len(texts)
         known, adapted = prompt.new_zeros(len(texts), self.args.dim), self.adapted[self.rows.text_user[texts]]
         for part, switch in ((adapted, nullcontext), (~adapted, lora.disabled)):
             if part.any():
                 with switch(self.llm):
-                    output, mask = llm.hidden_states(self.llm, [self.tokens(t) for t in texts[part].tolist()], prompt[part])
+                    output, mask = llm.hidden_states(self.llm, [self.tokens(t) for t in texts[part].tolist()],
+                                                     prompt[part])
                 known[part] = self.extract(prompt[part], output.float(), mask)
         return known
 
     def score(self, table, known=None):
-        """[5] Logits (n, C) of a table's items; known (n, D): what the LLM knows for each row, None: the recommender alone."""
+        """[5] Logits (n, C) of a table's items; known (n, D): what the LLM knows for each row, None: the
+        recommender alone."""
         users, place, items = table[0], table[1], table[3:].T
-        return self.score_items(users, items, self.state(users, place), self.rows.history(users, place), known)
+        return self.score_items(users, items, self.state(users, place),
+                                self.rows.history(users, place), known)
 
     def score_items(self, users, items, h, history, known=None):
         """[5] users (B,), items (B, C), states h (B, D), history (B, L), known (B, D) or None -> (B, C)."""
@@ -485,7 +536,8 @@ def loss_of(args, model, texts, known, terms):
     table, owner = model.rows.of_texts(texts)
     with_llm = rec_loss(model.score(table, known[owner]), args.head, args.tau).mean()
     without = rec_loss(model.score(table), args.head, args.tau).mean()
-    return with_llm + without + terms, {"with_llm": with_llm.detach(), "without": without.detach(), "vq": terms.detach()}
+    return (with_llm + without + terms,
+            {"with_llm": with_llm.detach(), "without": without.detach(), "vq": terms.detach()})
 
 
 def judged_loss(args, model, texts, known, judged):
@@ -497,7 +549,8 @@ def judged_loss(args, model, texts, known, judged):
         known[judged] = model.read(texts[judged], model.prompt(texts[judged])[0].detach())
     loss, parts = loss_of(args, model, texts, known, known.new_zeros(()))
     if args.align:
-        parts["align"] = align_loss(known, model.state(model.rows.text_user[texts], model.rows.text_place[texts]), judged)
+        parts["align"] = align_loss(
+            known, model.state(model.rows.text_user[texts], model.rows.text_place[texts]), judged)
         loss, parts["align"] = loss + args.align * parts["align"], parts["align"].detach()
     return loss, parts
 
@@ -510,7 +563,7 @@ def align_loss(known, h, mask, tau=0.1):
     return F.cross_entropy(a @ b.T / tau, torch.arange(len(a), device=a.device))
 
 
-# 7 ---------------------------------------------------------------------------------------------------- judge
+# 7 ------------------------------------------------------------------------------------------ judge
 @torch.no_grad()
 def knowledge(model, texts, desc=None, batch=64):
     """What the LLM knows of texts (T,) -> (T, D), dropout off."""
@@ -535,31 +588,35 @@ def contradicted(args, model, texts, known):
         else:
             worse[part] = confidence(without, args.head, args.tau) - confidence(with_llm, args.head, args.tau)
     model.train(training)
-    unit = model.rows.text_user[texts] if args.judge_level == "user" else torch.arange(len(texts), device=texts.device)
+    unit = (model.rows.text_user[texts] if args.judge_level == "user"
+            else torch.arange(len(texts), device=texts.device))
     total, count = (torch.zeros(int(unit.max()) + 1, device=texts.device).index_add_(0, unit[owner], x)
                     for x in (worse, torch.ones_like(worse)))
     return ((total / count.clamp(min=1) > args.margin) & (count >= args.judge_least))[unit]
 
 
 def judge_report(rows, users, truth):
-    """Precision and recall of judged users (n_users,) bool against the toy world's misled ones, among those with training choices."""
+    """Precision and recall of judged users (n_users,) bool against the toy world's misled ones, among those
+    with training choices."""
     there = np.bincount(rows.train[0].cpu().numpy(), minlength=len(users)) > 0
     hit = (users & truth & there).sum()
-    return {"judged": round(float(users[there].mean()), 4), "precision": round(float(hit / max(users[there].sum(), 1)), 4),
+    return {"judged": round(float(users[there].mean()), 4),
+            "precision": round(float(hit / max(users[there].sum(), 1)), 4),
             "recall": round(float(hit / max(truth[there].sum(), 1)), 4)}
 
 
 def misled(rows):
     """(n_users,) bool, the toy world's truth; None elsewhere."""
-    return None if rows.data.world is None else rows.data.world.misled[[int(name[1:]) for name in rows.data.users]]
+    return (None if rows.data.world is None
+            else rows.data.world.misled[[int(name[1:]) for name in rows.data.users]])
 
 
-# 8 ---------------------------------------------------------------------------------------------------- evaluation
+# 8 ------------------------------------------------------------------------------------------ evaluation
 @torch.no_grad()
 def evaluate_rows(model, table, known=None):
-    """Targets against their negatives with what the LLM knows (n, D), or without -> {cell: AUC} and log-loss (negatives
-    together weigh as much as the target). Cells: overall; on the toy world misled users and the rest; else the groups of
-    every user field with at most 10 values."""
+    """Targets against their negatives with what the LLM knows (n, D), or without -> {cell: AUC} and log-loss
+    (negatives together weigh as much as the target). Cells: overall; on the toy world misled users and the
+    rest; else the groups of every user field with at most 10 values."""
     model.eval()
     parts = torch.arange(table.shape[1], device=table.device).split(4096)
     s = torch.cat([model.score(table[:, p], None if known is None else known[p]) for p in parts])
@@ -578,24 +635,28 @@ def evaluate_rows(model, table, known=None):
 
 @torch.no_grad()
 def evaluate_ranking(model, known=None):
-    """Full ranking of the test target among all items that the user has not had: Recall and NDCG. known (n, D) of rows.test."""
+    """Full ranking of the test target among all items that the user has not had: Recall and NDCG. known (n, D)
+    of rows.test."""
     model.eval()
     rows, logs = model.rows, model.rows.logs
     n, pick = len(rows.data.items), np.arange(rows.test.shape[1])
     if rows.args.rank_users < len(pick):
-        pick = np.sort(np.random.default_rng([rows.args.seed, 71]).choice(pick, rows.args.rank_users, replace=False))
+        pick = np.sort(np.random.default_rng([rows.args.seed, 71]).choice(
+            pick, rows.args.rank_users, replace=False))
     every, ranks = torch.arange(n, device=rows.device), []
-    for part in progress(torch.as_tensor(pick, device=rows.device).split(8), "full ranking", -(-len(pick) // 8)):
+    for part in progress(torch.as_tensor(pick, device=rows.device).split(8),
+                         "full ranking", -(-len(pick) // 8)):
         table = rows.test[:, part]
-        s = model.score(torch.cat([table[:3], every[:, None].expand(n, len(part))]), None if known is None else known[part])
+        s = model.score(torch.cat([table[:3], every[:, None].expand(n, len(part))]),
+                        None if known is None else known[part])
         users, place, _, target = table[:4].cpu().numpy()
         ranks.append(metrics.ranks_of(s.cpu().numpy(), target, logs.had(users, place)))
     return metrics.ranking_report(np.concatenate(ranks))
 
 
 def codes_view(model, codes):
-    """Every code in words: the tokens nearest to what its prompt adds to the mean prompt, how many texts chose it, and three
-    typical users with their last titles. codes (n_texts,): the choice of every text."""
+    """Every code in words: the tokens nearest to what its prompt adds to the mean prompt, how many texts chose
+    it, and three typical users with their last titles. codes (n_texts,): the choice of every text."""
     rows, book = model.rows, model.books[0]
     table = F.normalize(model.llm.get_input_embeddings().weight.float(), dim=-1)
     prompts = model.words[0] + model.scale * model.to_prompt(book.codes).view(len(book.codes), model.m, -1)
@@ -606,14 +667,16 @@ def codes_view(model, codes):
         mine = (codes == k).nonzero()[:, 0]
         typical = mine[torch.cdist(z[mine], book.codes[k:k + 1])[:, 0].argsort()[:3]].tolist()
         titles = [rows.logs.history(int(rows.text_user[t]), int(rows.text_place[t])) for t in typical]
-        lines.append({"code": k, "texts": len(mine), "nearest_tokens": [model.tokenizer.decode([i]) for i in near[k].tolist()],
+        lines.append({"code": k, "texts": len(mine),
+                      "nearest_tokens": [model.tokenizer.decode([i]) for i in near[k].tolist()],
                       "typical_users": [{"user": rows.data.users[int(rows.text_user[t])], "titles": lines_}
                                         for t, lines_ in zip(typical, titles)]})
     return lines, z
 
 
 class Store:
-    """Served knowledge: (text, code, adapter or not) -> vector (D,), in knowledge.safetensors. What is there is never read again."""
+    """Served knowledge: (text, code, adapter or not) -> vector (D,), in knowledge.safetensors. What is there is
+    never read again."""
 
     def __init__(self, run, model):
         self.run, self.model = run, model
@@ -639,14 +702,15 @@ class Store:
         return self.vectors[[self.keys[key] for key in keys]].to(self.model.rows.device), codes
 
 
-# 9 ---------------------------------------------------------------------------------------------------- train
+# 9 ------------------------------------------------------------------------------------------ train
 def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapter=False):
     """Train a phase and keep the epoch with the best validation AUC. Resumable after any epoch, bit-equal.
 
     batches(rng) -> list of index arrays; step(batch) -> loss and parts to log, under the phase's own random numbers.
     adapter: the LLM's adapter is trained too. Returns (what the phase reports, seconds).
     """
-    now = lambda: prefix("model/", model.state_dict()) | (prefix("lora/", lora.state(model.llm)) if adapter else {})
+    now = lambda: (prefix("model/", model.state_dict())
+                   | (prefix("lora/", lora.state(model.llm)) if adapter else {}))
 
     def restore(tensors):
         model.load_state_dict(strip(tensors, "model/"))
@@ -655,16 +719,19 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
     first, waited, spent = 0, 0, 0.0
     if (saved := run.begin(name)) is not None:
         tensors, earlier = saved
-        first, best, waited, steps, spent, model.passes = (earlier[k] for k in ("epoch", "best", "waited", "steps", "seconds", "passes"))
+        first, best, waited, steps, spent, model.passes = (
+            earlier[k] for k in ("epoch", "best", "waited", "steps", "seconds", "passes"))
         kept = strip(tensors, "best/")
         restore(strip(tensors, "now/"))
         run.load_optimizer(optimizer, tensors)
     else:                                                        # a phase may end where it began
-        best, kept, steps = (valid() if name == "eliminate" else -1.0), {k: v.clone() for k, v in now().items()}, 0
+        best, kept, steps = (valid() if name == "eliminate" else -1.0,
+                             {k: v.clone() for k, v in now().items()}, 0)
     for epoch in range(first, most):
         if waited >= args.patience:
             break
-        rng, start, totals = np.random.default_rng([args.seed, cuda.key_seed(name) % 2**31, epoch]), time.perf_counter(), []
+        rng, start, totals = (np.random.default_rng([args.seed, cuda.key_seed(name) % 2**31, epoch]),
+                              time.perf_counter(), [])
         torch.manual_seed(cuda.key_seed(args.seed, name, epoch))                              # dropout
         for book in getattr(model, "books", ()):
             book.generator = cuda.generator("cpu", args.seed, name, epoch)
@@ -679,12 +746,14 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
             totals.append(parts)
         steps, spent, waited = steps + len(todo), spent + time.perf_counter() - start, waited + 1
         value = valid()
-        run.log(name, epoch + 1, most, **{k: float(sum(t[k] for t in totals)) / len(totals) for k in totals[0]}, valid_auc=value,
-                **({} if name == "base" else train_usage(model)))
+        run.log(name, epoch + 1, most,
+                **{k: float(sum(t[k] for t in totals)) / len(totals) for k in totals[0]},
+                valid_auc=value, **({} if name == "base" else train_usage(model)))
         if value > best:
             best, waited, kept = value, 0, {k: v.clone() for k, v in now().items()}
         run.save(name, prefix("now/", now()) | prefix("best/", kept) | run.optimizer_tensors(optimizer),
-                 {"epoch": epoch + 1, "best": best, "waited": waited, "steps": steps, "seconds": spent, "passes": model.passes})
+                 {"epoch": epoch + 1, "best": best, "waited": waited,
+                  "steps": steps, "seconds": spent, "passes": model.passes})
     restore(kept)
     return {"valid_auc": round(best, 4), "steps": steps}, spent
 
@@ -693,7 +762,9 @@ def train_usage(model):
     """Usage and perplexity of the codebook over the training texts."""
     if model.args.prompt != "codebook":
         return {}
-    share, perplexity = usage(first_level(model, torch.as_tensor(model.rows.train_texts, device=model.rows.device)), model.args.codes)
+    share, perplexity = usage(
+        first_level(model, torch.as_tensor(model.rows.train_texts, device=model.rows.device)),
+        model.args.codes)
     return {"code_usage": share, "perplexity": perplexity}
 
 
@@ -703,9 +774,11 @@ def first_level(model, texts):
 
 
 def adam(args, model, adapter=False, lr=None):
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": args.weight_decay}]
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad],
+               "weight_decay": args.weight_decay}]
     if adapter:
-        groups.append({"params": lora.parameters(model.llm), "lr": llm.suited(args.lora_lr, args.backbone, 1e-3, 1e-4)})
+        groups.append({"params": lora.parameters(model.llm),
+                       "lr": llm.suited(args.lora_lr, args.backbone, 1e-3, 1e-4)})
     return torch.optim.Adam(groups, lr=args.lr if lr is None else lr)
 
 
@@ -722,20 +795,22 @@ def train_base(args, run, model):
     def step(batch):
         loss = rec_loss(model.score(rows.train[:, batch]), args.head, args.tau).mean()
         return loss, {"loss": loss.detach()}
-    batches = lambda rng: torch.as_tensor(rng.permutation(rows.train.shape[1]), device=rows.device).split(args.base_batch)
+    batches = lambda rng: torch.as_tensor(
+        rng.permutation(rows.train.shape[1]), device=rows.device).split(args.base_batch)
     return epochs(args, run, model, "base", args.base_epochs, batches, step, adam(args, model),
                   lambda: evaluate_rows(model, rows.valid)["overall"])
 
 
 def train_prompts(args, run, model):
-    """Phase 2 (with --joint all that follows): codes, prompts, extraction, fusion and recommender, through the frozen LLM."""
+    """Phase 2 (with --joint all that follows): codes, prompts, extraction, fusion and recommender, through the
+    frozen LLM."""
     rows = model.rows
 
     def step(texts):
         prompt, _, terms = model.prompt(texts)
         train_adapter(model.llm, False)
         known, extra = model.read(texts, prompt), {}
-        if args.joint:                                           # the adapter sees the judged texts only, prompts see all
+        if args.joint:  # the adapter sees the judged texts only, prompts see all
             train_adapter(model.llm, True)
             mask = contradicted(args, model, texts, known.detach())
             known, extra = known.clone(), {"judged": mask.float().mean()}
@@ -743,8 +818,10 @@ def train_prompts(args, run, model):
                 known[mask] = model.read(texts[mask], prompt[mask])
         loss, parts = loss_of(args, model, texts, known, terms)
         return loss, parts | extra
-    many = max(1, min(-(-len(rows.train_texts) // args.batch), len(rows.train_texts) // 2))    # two texts or more in each
-    batches = lambda rng: torch.as_tensor(rng.permutation(rows.train_texts), device=rows.device).tensor_split(many)
+    # two texts or more in each
+    many = max(1, min(-(-len(rows.train_texts) // args.batch), len(rows.train_texts) // 2))
+    batches = lambda rng: torch.as_tensor(
+        rng.permutation(rows.train_texts), device=rows.device).tensor_split(many)
     return epochs(args, run, model, "collaborate", args.epochs, batches, step, adam(args, model, args.joint),
                   lambda: valid_auc(model), adapter=args.joint)
 
@@ -756,7 +833,8 @@ def valid_auc(model):
 
 
 def eliminate(args, run, model, known, mask):
-    """Phase 4: [9]. known (T, D), mask (T,) of the training texts, in their order. The LLM reads judged texts only."""
+    """Phase 4: [9]. known (T, D), mask (T,) of the training texts, in their order. The LLM reads judged texts
+    only."""
     rows = model.rows
     texts = torch.as_tensor(rows.train_texts, device=rows.device)
     soft = [model.to_query, model.to_prompt] if model.soft else []
@@ -765,14 +843,16 @@ def eliminate(args, run, model, known, mask):
     train_adapter(model.llm, True)
 
     def batches(rng):
-        judged, others = (rng.permutation(np.flatnonzero(m)) for m in (mask.cpu().numpy(), ~mask.cpu().numpy()))
+        judged, others = (rng.permutation(np.flatnonzero(m))
+                          for m in (mask.cpu().numpy(), ~mask.cpu().numpy()))
         many = -(-len(judged) // args.eliminate_batch)
         beside = np.array_split(others[:len(judged)], many)
-        return [torch.as_tensor(np.concatenate(pair), device=rows.device) for pair in zip(np.array_split(judged, many), beside)]
+        return [torch.as_tensor(np.concatenate(pair), device=rows.device)
+                for pair in zip(np.array_split(judged, many), beside)]
 
     step = lambda pick: judged_loss(args, model, texts[pick], known[pick], mask[pick])
-    return epochs(args, run, model, "eliminate", args.eliminate_epochs, batches, step, adam(args, model, True, args.eliminate_lr),
-                  lambda: valid_auc(model), adapter=True)
+    return epochs(args, run, model, "eliminate", args.eliminate_epochs, batches, step,
+                  adam(args, model, True, args.eliminate_lr), lambda: valid_auc(model), adapter=True)
 
 
 def train(args, shared=None):
@@ -790,10 +870,13 @@ def train(args, shared=None):
     if run.done("result"):
         return run.result(run.done("result"))
     model = CoCo(args, rows).to(device)
-    run.header(device=str(device), data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
-               f"{len(rows.data.items):,} items", rows=f"train {rows.train.shape[1]:,}, valid {rows.valid.shape[1]:,}, "
-               f"test {rows.test.shape[1]:,} choices; {len(rows.text_user):,} texts",
-               model=f"{sum(p.numel() for p in model.parameters()):,} trained beside {args.backbone}, prompt {args.prompt}")
+    run.header(device=str(device),
+               data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
+                    f"{len(rows.data.items):,} items",
+               rows=f"train {rows.train.shape[1]:,}, valid {rows.valid.shape[1]:,}, "
+                    f"test {rows.test.shape[1]:,} choices; {len(rows.text_user):,} texts",
+               model=f"{sum(p.numel() for p in model.parameters()):,} trained beside {args.backbone}, "
+                     f"prompt {args.prompt}")
     if shared:
         for phase in ("base", "collaborate"):
             if not run.done(phase):
@@ -802,8 +885,8 @@ def train(args, shared=None):
     if not run.done("base"):
         run.finish("base", train_base(args, run, model)[0])
     model.load_state_dict(strip(take("base"), "model/"))
-    result = {"script": "coco", "data": rows.data.name, "backbone": args.backbone, "prompt": args.prompt, "head": args.head,
-              "judge": args.judge, "seed": args.seed, "base": run.done("base")}
+    result = {"script": "coco", "data": rows.data.name, "backbone": args.backbone, "prompt": args.prompt,
+              "head": args.head, "judge": args.judge, "seed": args.seed, "base": run.done("base")}
     known = known_valid = None
     if args.prompt != "none":
         if not run.done("collaborate"):
@@ -842,10 +925,12 @@ def train(args, shared=None):
         if args.joint or args.judge != "off":
             lora.save(model.llm, run.folder / "adapter", args.backbone)
         store = Store(run, model)
-        (known_valid, _), (known, _) = (store.get(table[2], "writing knowledge down") for table in (rows.valid, rows.test))
+        (known_valid, _), (known, _) = (store.get(table[2], "writing knowledge down")
+                                        for table in (rows.valid, rows.test))
         if args.prompt == "codebook":
             result["codes"] = describe(run, model)
-    result["valid"], result["test"] = evaluate_rows(model, rows.valid, known_valid), evaluate_rows(model, rows.test, known)
+    result["valid"], result["test"] = (evaluate_rows(model, rows.valid, known_valid),
+                                       evaluate_rows(model, rows.test, known))
     if known is not None:
         result["test_without_llm"] = evaluate_rows(model, rows.test)
     result["ranking"] = evaluate_ranking(model, known)
@@ -862,7 +947,8 @@ def describe(run, model):
     run.write_jsonl("codes", lines)
     if (plt := pyplot()) is not None:
         centred = (z - z.mean(0)).float().cpu()
-        xy = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T                # the first two principal axes
+        # the first two principal axes
+        xy = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T
         figure, axis = plt.subplots(figsize=(6, 5))
         axis.scatter(xy[:, 0], xy[:, 1], c=codes.cpu(), s=4, cmap="tab20", linewidths=0)
         axis.set(title="States of the users, by code", xlabel="first principal axis", ylabel="second")
@@ -882,10 +968,11 @@ def show(result):
         print(f"  {cell:20}{value:10.4f}" + (f"{beside:22.4f}" if beside is not None else ""))
     print(f"  {'NDCG@10, all items':20}{result['ranking']['ndcg@10']:10.4f}")
     if "precision" in result.get("judged", {}):
-        print(f"the judge finds the misled users: precision {result['judged']['precision']:.3f}, recall {result['judged']['recall']:.3f}")
+        print(f"the judge finds the misled users: precision {result['judged']['precision']:.3f}, "
+              f"recall {result['judged']['recall']:.3f}")
 
 
-# 10 --------------------------------------------------------------------------------------------------- compare
+# 10 ---------------------------------------------------------------------------------------------- compare
 VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the same)
     "no LLM": ({"prompt": "none"}, None),
     "no LLM but categories": ({"prompt": "none", "categories": True}, None),
@@ -911,18 +998,20 @@ VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the s
 
 
 def ablations(args):
-    """Every variant and seed, one run folder each; one table on test, and (with matplotlib) pilot.png: the gain of every
-    prompt by group of users. The same command again goes on where it stopped."""
+    """Every variant and seed, one run folder each; one table on test, and (with matplotlib) pilot.png: the gain
+    of every prompt by group of users. The same command again goes on where it stopped."""
     root = folder_of(args, "coco", "ablations")
     fields = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed).user_fields
-    names = [n for n in VARIANTS if (n in args.variants if args.variants else n not in ("gender", "age") or n in fields)]
+    names = [n for n in VARIANTS
+             if (n in args.variants if args.variants else n not in ("gender", "age") or n in fields)]
     found, runs = {name: [] for name in names}, []
     for seed in args.seeds or (args.seed,):
         for name in found:
             change, base = VARIANTS[name]
             folder = lambda n: root / f"s{seed}" / n.replace(" ", "-")
             print(f"\n=== {name}, seed {seed}", flush=True)
-            found[name].append(train(variant(args, folder(name), seed=seed, **change), folder(base) if base in found else None))
+            found[name].append(train(variant(args, folder(name), seed=seed, **change),
+                                     folder(base) if base in found else None))
             runs.append(folder(name))
     cells = [c for c in found[names[0]][0]["test"] if c != "log_loss" and "=" not in c]
     columns = {c: lambda r, c=c: r["test"][c] for c in cells} | {
@@ -936,7 +1025,8 @@ def ablations(args):
 
 
 def plot(found, path):
-    """The pilot study's figure: AUC against that of no LLM, by group of users, for every prompt; lines: std over seeds."""
+    """The pilot study's figure: AUC against that of no LLM, by group of users, for every prompt; lines: std
+    over seeds."""
     if (plt := pyplot()) is None or "no LLM" not in found:
         return
     groups = [c for c in found["no LLM"][0]["test"] if c not in ("log_loss", "overall")]
@@ -946,7 +1036,8 @@ def plot(found, path):
         gain = np.array([[r["test"].get(g, np.nan) - b["test"].get(g, np.nan) for g in groups]
                          for r, b in zip(found[name], found["no LLM"])])
         spread = gain.std(0, ddof=1) if len(gain) > 1 else None
-        axis.bar(np.arange(len(groups)) + (k - len(others) / 2) / (len(others) + 1), gain.mean(0), 1 / (len(others) + 1), yerr=spread,
+        axis.bar(np.arange(len(groups)) + (k - len(others) / 2) / (len(others) + 1), gain.mean(0),
+                 1 / (len(others) + 1), yerr=spread,
                  error_kw={"linewidth": 0.8, "ecolor": "grey"}, label=name)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 4 else 0)

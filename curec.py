@@ -29,15 +29,18 @@ CHECKED BY, in tests/
       test_a_list_of_reasons_replaces_the_authors_own_and_drops_the_oldest
 
 DEVIATIONS AND CHOICES. No code and no full text of the paper is public; what follows is a reading of it.
-  - Not given in what is public: prompts, candidates, group size, learning rates, list bounds, the text encoder. All but the
-    prompts and the encoder are flags; the encoder is the mean of the last hidden layer of the LLM as it was after phase 1,
-    frozen: a live encoder would make every stored vector stale at each step of phase 4.
-  - The leaks are closed: a reason written from the interaction (u, i) is masked when (u, i) is trained or evaluated, negatives
-    in training have one hidden as often (see match), and nothing is ever written from validation or test interactions. Negatives
-    to train with may be held-out items: were these spared, a user would never be pushed away from them alone. What stays: a
-    first pattern is written from the end of the training history, so that it may name a training target, never a held-out one.
-  - The score [6] has parts of its own beside the MLP: <z, last state of the encoder>, a bias per item that starts at the log of
-    its popularity, u * z as an input, and the pattern speaks for the user as well as for the query. Texts' vectors are whitened.
+  - Not given in what is public: prompts, candidates, group size, learning rates, list bounds, the text encoder.
+    All but the prompts and the encoder are flags; the encoder is the mean of the last hidden layer of the LLM
+    as it was after phase 1, frozen: a live encoder would make every stored vector stale at each step of phase
+    4.
+  - The leaks are closed: a reason written from the interaction (u, i) is masked when (u, i) is trained or
+    evaluated, negatives in training have one hidden as often (see match), and nothing is ever written from
+    validation or test interactions. Negatives to train with may be held-out items: were these spared, a user
+    would never be pushed away from them alone. What stays: a first pattern is written from the end of the
+    training history, so that it may name a training target, never a held-out one.
+  - The score [6] has parts of its own beside the MLP: <z, last state of the encoder>, a bias per item that
+    starts at the log of its popularity, u * z as an input, and the pattern speaks for the user as well as for
+    the query. Texts' vectors are whitened.
   - A sampled reason that is empty or cut off is worth the score without a new reason, minus 1.
   - "Without update" steps the LLM, keeps the best sampled reason and rewrites neither pattern nor reason.
   - The signal [7] is the logit in fp32, not its sigmoid, which saturates and then has no differences to learn from.
@@ -50,7 +53,7 @@ DEVIATIONS AND CHOICES. No code and no full text of the paper is public; what fo
   python curec.py --recommend u7 --run runs/curec-toy-tiny-s0     # what user u7 is shown, and why
 """
 
-# 1 ---------------------------------------------------------------------------------------------------- imports
+# 1 ------------------------------------------------------------------------------------------ imports
 import dataclasses
 import json
 import math
@@ -68,15 +71,17 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit
-from common.run import Run, UserError, at_least, folder_of, main, prefix, progress, strip, summarise, variant, write_table
+from common.run import (Run, UserError, at_least, folder_of, main, prefix, progress, strip,
+                        summarise, variant, write_table)
 from common.sequences import Logs, bayes, popularity
 
 
-# 2 ---------------------------------------------------------------------------------------------------- arguments
+# 2 ------------------------------------------------------------------------------------------ arguments
 @dataclass
 class Args:
     # -- run
-    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
+    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-...,
+    # or a folder of your own logs
     data_dir: str | None = None  # a folder that already holds the data sets (else LLMREC_DATA, else download)
     max_bad_rows: int = 0  # broken rows to skip before giving up
     run: str | None = None  # run folder (default: runs/curec-DATA-BACKBONE-sSEED)
@@ -91,13 +96,15 @@ class Args:
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all)
     # -- data
-    min_interactions: int | None = None  # users with fewer are dropped (default: the paper's 30; 1 on the toy world; for small logs set it lower)
+    min_interactions: int | None = None  # users with fewer are dropped
+    # (default: the paper's 30; 1 on the toy world; for small logs set it lower)
     min_rating: float = 0.0  # interactions rated lower are dropped; 0 keeps all, the literal reading
     users: int | None = None  # keep a random sample of so many users
     # -- backbone
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     prompt_history: int = 10  # titles of the user's history in a prompt
-    llm_batch: int = 64  # texts at once when they are written or encoded; a GRPO step's prompts are sampled all at once
+    llm_batch: int = 64  # texts at once when they are written or encoded;
+    # a GRPO step's prompts are sampled all at once
     # -- lora
     lora_targets: str = "all-linear"  # comma-separated names of linear layers, or all-linear
     lora_rank: int = 16  # rank r of the adapter
@@ -107,7 +114,8 @@ class Args:
     align_steps: int = 80  # GRPO steps
     align_prompts: int = 16  # prompts a step
     candidates: int = 5  # candidates in a prompt: the next item and random unseen ones
-    weights: tuple[float, ...] = (0.1, 0.1, 1.0)  # of the rewards for format, for a legal answer, for the right one: w_f, w_l, w_c in [1]
+    weights: tuple[float, ...] = (0.1, 0.1, 1.0)  # of the rewards for format, for a legal answer,
+    # for the right one: w_f, w_l, w_c in [1]
     eval_prompts: int = 512  # held-out alignment prompts, of validation and of test users
     # -- GRPO (phases 1 and 4)
     group: int = 8  # G, completions per prompt
@@ -115,18 +123,23 @@ class Args:
     align_tokens: int | None = None  # longest thought and answer (default 256; 64 for tiny)
     clip: float = 0.2  # ε, PPO's clip range; rollouts are used once, so that ρ = 1 and it never acts
     beta: float = 1e-3  # β, weight of the KL to the reference
-    kl: Literal["k3", "k3-unbiased", "exact"] = "k3"  # estimator; k3-unbiased multiplies by ρ (reverse-KL gradient)
-    length_norm: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # grpo: mean per completion | dapo: mean per token | dr_grpo: sum over the longest
+    kl: Literal["k3", "k3-unbiased", "exact"] = "k3"  # estimator;
+    # k3-unbiased multiplies by ρ (reverse-KL gradient)
+    length_norm: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # grpo: mean per completion |
+    # dapo: mean per token | dr_grpo: sum over the longest
     advantage_scale: Literal["group", "none"] = "group"  # divide by the group's std (literal) or only centre
     zero_std: Literal["keep", "drop"] = "keep"  # groups of equal rewards: keep in the mean, or drop
-    lr: float | None = None  # of GRPO (default 1e-5; 2e-3 for tiny); in phase 1 it rises over 10 steps, then falls to 0
+    lr: float | None = None  # of GRPO (default 1e-5; 2e-3 for tiny);
+    # in phase 1 it rises over 10 steps, then falls to 0
     max_grad_norm: float = 1.0  # gradient clipping
-    micro_batch: int | None = None  # prompts, with their completions, at once in a step: less memory, same result (default: 4 on CUDA, else all)
+    micro_batch: int | None = None  # prompts, with their completions, at once in a step: less memory,
+    # same result (default: 4 on CUDA, else all)
     # -- texts (phase 2)
     reasons: int = 3  # written per item in phase 2, each from another training interaction
     max_reasons: int = 6  # most reasons an item keeps; the oldest goes
     text_tokens: int | None = None  # longest pattern or reason (default 96; 40 for tiny)
-    texts: Literal["llm", "data"] = "llm"  # data is an ablation: the lines that the LLM would have read, instead of what it writes
+    texts: Literal["llm", "data"] = "llm"  # data is an ablation: the lines that the LLM would have read,
+    # instead of what it writes
     random_reasons: bool = False  # ablation: deal the reasons out to other items
     # -- reward model (phase 3)
     features: Literal["both", "ids", "text"] = "both"  # both, or the ablations: ids only, text only
@@ -137,13 +150,16 @@ class Args:
     layers: int = 1  # Transformer layers over the history
     max_history: int = 50  # items of the history that the reward model reads
     dropout: float = 0.2  # in the reward model
-    rm_loss: Literal["softmax", "bce"] = "softmax"  # softmax, or binary cross-entropy, of an interaction against the negatives
+    rm_loss: Literal["softmax", "bce"] = "softmax"  # softmax, or binary cross-entropy,
+    # of an interaction against the negatives
     negatives: int = 64  # unseen items per training window, shared by its positions
-    negative_power: float = 0.0  # draw negatives by popularity to this power, and correct the loss for it; 0 is uniform
+    negative_power: float = 0.0  # draw negatives by popularity to this power,
+    # and correct the loss for it; 0 is uniform
     rm_batch: int = 16  # windows per step
     rm_lr: float = 4e-3  # learning rate of the reward model
     weight_decay: float = 0.01  # of the reward model's matrices and embeddings
-    rm_epochs: int = 30  # all are trained: the learning rate falls until the last; the best on validation is kept
+    rm_epochs: int = 30  # all are trained: the learning rate falls until the last;
+    # the best on validation is kept
     rm_valid_users: int = 1000  # most users that validation ranks for, evenly spaced: every k-th
     # -- correction (phase 4)
     correct: bool = True  # --no-correct is the ablation without correction
@@ -156,7 +172,8 @@ class Args:
 
     def check(self):
         if self.group < 2:
-            raise ValueError("--group must be at least 2: a completion is judged against the others of its group")
+            raise ValueError("--group must be at least 2: "
+                             "a completion is judged against the others of its group")
         if not 2 <= self.candidates <= 26:
             raise ValueError("--candidates must be between 2 and 26 (they are lettered)")
         if len(self.weights) != 3:
@@ -166,23 +183,29 @@ class Args:
         if "full" not in self.variants and (heirs := [name for name in self.variants if VARIANTS[name][1]]):
             raise ValueError(f"--variants {','.join(heirs)}: needs full too, whose LLM it takes over")
         if self.ablations and not (self.align and self.correct and self.features == "both"):
-            raise ValueError("--ablations switches phases and features itself: leave --no-align, --no-correct and --features out")
+            raise ValueError("--ablations switches phases and features itself: "
+                             "leave --no-align, --no-correct and --features out")
         if self.refit and not (self.correct and self.features != "ids"):
             raise ValueError("--refit follows phase 4: it needs texts and correction")
         if self.recommend and not self.run:
             raise ValueError("--recommend needs --run FOLDER of a finished run")
         if (self.random_reasons or self.texts == "data") and self.correct:
             raise ValueError("--random-reasons and --texts data need --no-correct: phase 4 would write anew")
-        at_least(self, 1, "micro_batch align_steps align_prompts align_tokens text_tokens reasons max_reasons max_history rm_batch dim heads text_dim negatives "
-                          "correct_batch correct_events llm_batch eval_prompts lora_rank rm_epochs rm_valid_users top layers prompt_history")
-        at_least(self, 0, "min_interactions weights clip beta correct_lr_scale lora_alpha weight_decay negative_power")
+        at_least(self, 1, "micro_batch align_steps align_prompts align_tokens text_tokens reasons "
+                          "max_reasons max_history rm_batch dim heads text_dim negatives correct_batch "
+                          "correct_events llm_batch eval_prompts lora_rank rm_epochs rm_valid_users top "
+                          "layers prompt_history")
+        at_least(self, 0, "min_interactions weights clip beta correct_lr_scale lora_alpha weight_decay "
+                          "negative_power")
         if self.dim % self.heads:
             raise ValueError("--dim must be a multiple of --heads")
-        if not all(x is None or x > 0 for x in (self.temperature, self.rm_lr, self.max_grad_norm, self.lr)) or not 0 <= self.dropout < 1:
-            raise ValueError("--temperature, --lr, --rm-lr and --max-grad-norm must be positive and --dropout in [0, 1)")
+        if (not all(x is None or x > 0 for x in (self.temperature, self.rm_lr, self.max_grad_norm, self.lr))
+                or not 0 <= self.dropout < 1):
+            raise ValueError("--temperature, --lr, --rm-lr and --max-grad-norm must be positive "
+                             "and --dropout in [0, 1)")
 
 
-# 3 ---------------------------------------------------------------------------------------------------- the reward model
+# 3 ------------------------------------------------------------------------------------------ the reward model
 class RewardModel(nn.Module):
     """f(u, i; P_u, R_i): what phase 3 trains, phase 4 asks for rewards, and phase 5 serves.
 
@@ -198,31 +221,35 @@ class RewardModel(nn.Module):
         for table in (self.user, self.item, self.position):
             nn.init.normal_(table.weight, std=0.02)
         self.query, self.key, self.value = (nn.Linear(text_dim, D) for _ in range(3))
-        self.of_user = nn.Linear(text_dim, D)                    # the pattern also speaks for the user directly
+        self.of_user = nn.Linear(text_dim, D)                # the pattern also speaks for the user directly
         self.no_reason_key, self.no_reason_value = (nn.Parameter(torch.zeros(D)) for _ in range(2))
-        self.join = nn.Linear(2 * D, D)                          # z = W [e_i; m_ui]
-        layer = nn.TransformerEncoderLayer(D, args.heads, 2 * D, args.dropout, batch_first=True, norm_first=True)
+        self.join = nn.Linear(2 * D, D)                      # z = W [e_i; m_ui]
+        layer = nn.TransformerEncoderLayer(D, args.heads, 2 * D, args.dropout,
+                                           batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, args.layers, nn.LayerNorm(D), enable_nested_tensor=False)
         self.unit = AttentionUnit(D)
-        self.first = nn.Linear(4 * D, 64)                        # MLP on [u; z; u * z; DIN(z, H)]
+        self.first = nn.Linear(4 * D, 64)                    # MLP on [u; z; u * z; DIN(z, H)]
         self.rest = nn.Sequential(nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
         self.bias = nn.Embedding(n_items + 1, 1, padding_idx=0)
-        nn.init.zeros_(self.rest[-1].weight)                     # the MLP starts as a constant
+        nn.init.zeros_(self.rest[-1].weight)                 # the MLP starts as a constant
         self.drop = nn.Dropout(args.dropout)
-        self.register_buffer("told", torch.zeros(n_items))       # per item: how often a positive has one of its reasons hidden
+        # per item: how often a positive has one of its reasons hidden
+        self.register_buffer("told", torch.zeros(n_items))
 
     def set_priors(self, texts, logs):
         """Set what is known before training. The item bias starts at the log of the training popularity: that is what
         BCE against uniform negatives converges to first (softmax ignores the shift). told: the share of an item's
         training users who wrote one of its reasons, which is how often a positive has a masked one (see match)."""
         count = logs.item_counts()
-        self.bias.weight.data[1:, 0] = torch.from_numpy(np.log((count + 1) / (count + 1).mean())) - math.log(self.args.negatives)
+        self.bias.weight.data[1:, 0] = (torch.from_numpy(np.log((count + 1) / (count + 1).mean()))
+                                        - math.log(self.args.negatives))
         users, positions = logs.train_events()
         items = logs.item_at(users, positions)
         wrote = (texts.author.cpu().numpy()[items] == users[:, None]).any(1)
-        self.told.copy_(torch.from_numpy(np.bincount(items, wrote, minlength=len(count)) / np.maximum(count, 1)))
+        self.told.copy_(torch.from_numpy(
+            np.bincount(items, wrote, minlength=len(count)) / np.maximum(count, 1)))
 
-    # [5] ------------------------------------------------------------------------------------------------------------
+    # [5] ----------------------------------------------------------------------------------------------------
     def tables(self, texts):
         """Keys and values of all reasons, (I, M, D) each: computed once where the whole catalogue is scored."""
         return self.key(texts.reasons), self.value(texts.reasons)
@@ -233,44 +260,47 @@ class RewardModel(nn.Module):
 
         The reason that u's own interaction with i produced is masked, or every positive would carry its own label.
         The first key is learned and stands for "no reason": an item without reasons is finite. extra (B, C, K) is
-        one more reason per pair, never masked: the candidate that phase 4 wants to have judged. hide_one: these are the
-        negatives of training; one of their reasons is hidden as often as one of a positive's is, or a missing reason
-        would tell the label as well.
+        one more reason per pair, never masked: the candidate that phase 4 wants to have judged. hide_one: these
+        are the negatives of training; one of their reasons is hidden as often as one of a positive's is, or a
+        missing reason would tell the label as well.
         """
         B, C, D, heads = *items.shape, self.args.dim, self.args.heads
         q = self.query(texts.patterns[users]).view(B, 1, heads, D // heads, 1)
         index = items - 1
         if tables is None:
-            reasons = texts.reasons[index]                                                   # (B, C, M, K)
+            reasons = texts.reasons[index]                                         # (B, C, M, K)
             keys, values = self.key(reasons), self.value(reasons)
         else:
             keys, values = tables[0][index], tables[1][index]
-        author = texts.author[index]                                                         # (B, C, M)
+        author = texts.author[index]                                               # (B, C, M)
         hidden = (author < 0) | (author == users[:, None, None])
         if hide_one:
             draw = torch.rand(author.shape, device=author.device).masked_fill(author < 0, -1.0)
-            drawn = (draw == draw.amax(-1, keepdim=True)) & (torch.rand(B, C, 1, device=draw.device) < self.told[index][..., None])
+            drawn = ((draw == draw.amax(-1, keepdim=True))
+                     & (torch.rand(B, C, 1, device=draw.device) < self.told[index][..., None]))
             hidden = hidden | drawn
-        keys, values = [self.no_reason_key.expand(B, C, 1, D), keys], [self.no_reason_value.expand(B, C, 1, D), values]
+        keys, values = ([self.no_reason_key.expand(B, C, 1, D), keys],
+                        [self.no_reason_value.expand(B, C, 1, D), values])
         if extra is not None:
             keys, values = [*keys, self.key(extra)[:, :, None]], [*values, self.value(extra)[:, :, None]]
-        keys, values = torch.cat(keys, 2), torch.cat(values, 2)                              # (B, C, 1 + M (+ 1), D)
+        keys, values = torch.cat(keys, 2), torch.cat(values, 2)                    # (B, C, 1 + M (+ 1), D)
         hidden = F.pad(hidden, (1, 0 if extra is None else 1), value=False)
-        split = lambda x: x.view(B, C, -1, heads, D // heads).transpose(2, 3)                # (B, C, heads, ., D/heads)
-        logits = (split(keys) @ q)[..., 0] / math.sqrt(D // heads)                           # (B, C, heads, .)
+        split = lambda x: x.view(B, C, -1, heads, D // heads).transpose(2, 3)      # (B, C, heads, ., D/heads)
+        logits = (split(keys) @ q)[..., 0] / math.sqrt(D // heads)                 # (B, C, heads, .)
         weights = logits.masked_fill(hidden[:, :, None], -torch.inf).softmax(-1)
         if return_weights:
             return weights
         return (weights[..., None, :] @ split(values)).reshape(B, C, D)
 
-    # [6] ------------------------------------------------------------------------------------------------------------
+    # [6] ----------------------------------------------------------------------------------------------------
     def z(self, users, items, texts, extra=None, tables=None, hide_one=False):
         """[e_i; m_ui] -> (B, C, D); with --features ids or text one half is zero."""
         e = self.drop(self.item(items))
         e = torch.zeros_like(e) if self.args.features == "text" else e
         if self.args.features == "ids":
             return self.join(torch.cat([e, torch.zeros_like(e)], -1))
-        return self.join(torch.cat([e, self.match(users, items, texts, extra, tables, hide_one=hide_one)], -1))
+        return self.join(torch.cat(
+            [e, self.match(users, items, texts, extra, tables, hide_one=hide_one)], -1))
 
     def u(self, users, texts):
         e = self.drop(self.user(users)) if self.args.features != "text" else 0.0
@@ -293,7 +323,7 @@ class RewardModel(nn.Module):
         wu, wz, wx, _ = self.first.weight.split(self.args.dim, dim=1)
         flat = z @ wz.T + (u[:, None] * z) @ wx.T + (u @ wu.T)[:, None] + self.first.bias     # (B, C, 64)
         bias = self.bias(items)[..., 0]
-        if pooled.dim() > flat.dim():                                                        # one candidate, many times t
+        if pooled.dim() > flat.dim():  # one candidate, many times t
             flat, bias = flat[:, :, None], bias[:, :, None]
         return self.rest(flat + pooled)[..., 0] + state + bias
 
@@ -310,24 +340,24 @@ class RewardModel(nn.Module):
         """Training: every position of `sequence` (B, L) is a target, judged on what came before it, together with
         `negatives` (B, K) at every position -> positive logits (B, L), negative logits (B, L, K).
 
-        DIN has no softmax, so its weights do not change with time, only how many are summed: one pass gives all times.
-        Equal to `forward` on each prefix (tested).
+        DIN has no softmax, so its weights do not change with time, only how many are summed: one pass gives all
+        times. Equal to `forward` on each prefix (tested).
         """
         L, scale = sequence.shape[1], 1 / math.sqrt(self.args.max_history)
         H, u = self.past(users, sequence, texts), self.u(users, texts)
-        of_past = H @ self.first.weight[:, -self.args.dim:].T * scale                         # (B, L, 64)
-        before = torch.cat([torch.zeros_like(H[:, :1]), H[:, :-1]], 1)                        # state before time t
+        of_past = H @ self.first.weight[:, -self.args.dim:].T * scale                    # (B, L, 64)
+        before = torch.cat([torch.zeros_like(H[:, :1]), H[:, :-1]], 1)                   # state before time t
         earlier = torch.ones(L, L, dtype=H.dtype, device=H.device).tril(-1)
         z = self.z(users, sequence.clamp(min=1), texts)
         pooled = (self.unit.weights(z, H) * earlier) @ of_past
         positive = self.head(sequence, z, u, pooled, (z * before).sum(-1))
         zn = self.z(users, negatives, texts, hide_one=self.training)
-        shares = self.unit.weights(zn, H)[:, :, None] * earlier                               # (B, K, L, L)
-        running = (shares.flatten(1, 2) @ of_past).view(*shares.shape[:3], -1)                # (B, K, L, 64)
+        shares = self.unit.weights(zn, H)[:, :, None] * earlier                          # (B, K, L, L)
+        running = (shares.flatten(1, 2) @ of_past).view(*shares.shape[:3], -1)           # (B, K, L, 64)
         negative = self.head(negatives, zn, u, running, zn @ before.transpose(1, 2))
         return positive, negative.transpose(1, 2)
 
-    # serving --------------------------------------------------------------------------------------------------------
+    # serving ------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def score_catalogue(self, users, history, texts, tables=None, chunk=1024):
         """Logits of the whole catalogue, (B, n_items) fp32, column i = item id i."""
@@ -345,7 +375,7 @@ class RewardModel(nn.Module):
                 self(u, history, i.expand(-1, G), texts, extra=extra).float())
 
 
-# 4 ---------------------------------------------------------------------------------------------------- prompts
+# 4 ------------------------------------------------------------------------------------------ prompts
 ALIGN = """A user chose these titles, oldest first:
 {history}
 Which of these will the user choose next?
@@ -378,8 +408,8 @@ def reason_prompt(history, pattern, item):
 
 
 def align_examples(logs, users, positions, candidates, seed, seen=None):
-    """Prompts and target letters: the item at each position, hidden among random items that the user never chose (or that
-    are not among the keys seen, see datasets.negatives)."""
+    """Prompts and target letters: the item at each position, hidden among random items that the user never
+    chose (or that are not among the keys seen, see datasets.negatives)."""
     others = datasets.negatives(logs.data, users, candidates - 1, seed, seen)
     slot = np.random.default_rng([seed, 7]).integers(0, candidates, len(users))
     prompts = []
@@ -407,14 +437,15 @@ def rule_rewards(text, n_candidates, target):
 
 
 def clean_text(text, limit=300):
-    """The first non-empty line of what the LLM wrote, tags and control characters out, bounded; "" if none is left."""
+    """The first non-empty line of what the LLM wrote, tags and control characters out, bounded; "" if none is
+    left."""
     text = re.sub(r"</?(think|answer)>|<\|[^|<>]*\|>", " ", text)
     text = "".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text)
     lines = [re.sub(r"\s+", " ", line).strip(" -*") for line in text.split("\n")]
     return next((line for line in lines if line), "")[:limit]
 
 
-# 5 ---------------------------------------------------------------------------------------------------- losses
+# 5 ------------------------------------------------------------------------------------------ losses
 def advantages(rewards, scale="group", delta=1e-4):
     """[2]: rewards (B, G) -> (B, G). scale "none" only centres. Groups of equal rewards give exactly 0.
 
@@ -422,11 +453,13 @@ def advantages(rewards, scale="group", delta=1e-4):
     """
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 completions: the advantage compares them with one another")
-    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0)
+    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(
+        (rewards == rewards[:, :1]).all(1, keepdim=True), 0)
     return centred if scale == "none" else centred / (rewards.std(1, keepdim=True) + delta)
 
 
-def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k3", length_norm="grpo", kl_exact=None):
+def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k3",
+              length_norm="grpo", kl_exact=None):
     """[3] and [4]. logps, old_logps, ref_logps, mask (B, G, T), adv (B, G) -> (scalar loss, {name: float}).
 
     On-policy (logps == old_logps) the clipped part is 0 in value while its gradient is the policy gradient: the loss
@@ -442,11 +475,11 @@ def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k
         divergence = torch.exp(log_ratio) - log_ratio - 1
         divergence = ratio * divergence if kl == "k3-unbiased" else divergence
     token = (policy + beta * divergence) * mask
-    if length_norm == "grpo":                                         # mean over each completion, then over them
+    if length_norm == "grpo":     # mean over each completion, then over them
         loss = (token.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-    elif length_norm == "dapo":                                       # every token weighs the same
+    elif length_norm == "dapo":   # every token weighs the same
         loss = token.sum() / mask.sum().clamp(min=1)
-    else:                                                             # dr_grpo: all by the longest of the batch, no length bias
+    else:                         # dr_grpo: all by the longest of the batch, no length bias
         loss = token.sum() / mask.numel()
     n = mask.sum().clamp(min=1)
     with torch.no_grad():
@@ -458,12 +491,13 @@ def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k
 
 
 def recommendation_loss(positive, negative, kind="softmax", log_q=None):
-    """Of an interaction against K unseen items: positive (B, L), negative (B, L, K) logits -> (B, L). The paper names no loss.
+    """Of an interaction against K unseen items: positive (B, L), negative (B, L, K) logits -> (B, L). The paper
+    names no loss.
 
     softmax: -log of the positive's share among the 1 + K, which puts the weight on the negatives that rank high.
     bce: the mean binary cross-entropy of the 1 + K labels.
-    log_q = ((B, L), (B, 1, K)): log-probability of each item under the sampler, subtracted from its logit (logQ correction,
-    Bengio and Senecal 2003), so that the optimum is the same for every sampler. None: all alike.
+    log_q = ((B, L), (B, 1, K)): log-probability of each item under the sampler, subtracted from its logit (logQ
+    correction, Bengio and Senecal 2003), so that the optimum is the same for every sampler. None: all alike.
     """
     if log_q is not None:
         positive, negative = positive - log_q[0], negative - log_q[1]
@@ -472,7 +506,7 @@ def recommendation_loss(positive, negative, kind="softmax", log_q=None):
     return torch.logsumexp(torch.cat([positive[..., None], negative], -1), -1) - positive
 
 
-# 6 ---------------------------------------------------------------------------------------------------- the LLM
+# 6 ------------------------------------------------------------------------------------------ the LLM
 class Policy:
     """The LLM with its adapter, its optimiser and how prompts become tokens. Nothing here is specific to a phase."""
 
@@ -480,7 +514,8 @@ class Policy:
         self.args, self.device = args, device
         dtype = cuda.pick_dtype(args.dtype, device)
         self.model, self.tokenizer = llm.load(args.backbone, device, dtype)
-        lora.inject(self.model, args.lora_targets, args.lora_rank, args.lora_alpha, 0.0, seed=args.seed)   # no dropout in RL
+        # no dropout in RL
+        lora.inject(self.model, args.lora_targets, args.lora_rank, args.lora_alpha, 0.0, seed=args.seed)
         self.eos = llm.eos_ids(self.model, self.tokenizer)
         self.align_tokens = llm.suited(args.align_tokens, args.backbone, 64, 256)
         self.text_tokens = llm.suited(args.text_tokens, args.backbone, 40, 96)
@@ -501,8 +536,8 @@ class Policy:
         size = self.args.llm_batch
         for start in progress(range(0, len(prompts), size), desc, -(-len(prompts) // size)):
             part = order[start:start + size]
-            out = llm.rollout(self.model, [self.tokens(prompts[k]) for k in part], n=1, max_new_tokens=max_tokens,
-                              temperature=1.0, greedy=not sample, eos_ids=self.eos,
+            out = llm.rollout(self.model, [self.tokens(prompts[k]) for k in part], n=1,
+                              max_new_tokens=max_tokens, temperature=1.0, greedy=not sample, eos_ids=self.eos,
                               generator=cuda.generator(self.device, self.args.seed, key, start))
             for k, tokens, length in zip(part, out.tokens[:, 0], out.lengths[:, 0]):
                 texts[k] = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
@@ -526,14 +561,16 @@ class Policy:
         args = self.args
         rewards = rewards.to(self.device, torch.float32)
         adv = advantages(rewards, args.advantage_scale)
-        mixed = rewards.amax(1) > rewards.amin(1)                             # (B,) groups that carry a signal
+        mixed = rewards.amax(1) > rewards.amin(1)                     # (B,) groups that carry a signal
         stats = {"reward": float(rewards.mean()), "reward_std": float(rewards.std(1).mean()),
                  "frac_zero_std": float((~mixed).float().mean()),
-                 "length": float(out.lengths.float().mean()), "truncated_frac": float(out.truncated.float().mean())}
-        if args.zero_std == "drop" and mixed.any():                           # with no signal at all only the KL acts
+                 "length": float(out.lengths.float().mean()),
+                 "truncated_frac": float(out.truncated.float().mean())}
+        if args.zero_std == "drop" and mixed.any():                   # with no signal at all only the KL acts
             tokens = [t for t, keep in zip(tokens, mixed.tolist()) if keep]
             out, adv = out.select(mixed), adv[mixed]
-        mask = (torch.arange(out.tokens.shape[2], device=self.device) < out.lengths.to(self.device)[..., None]).float()
+        mask = (torch.arange(out.tokens.shape[2], device=self.device)
+                < out.lengths.to(self.device)[..., None]).float()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_scale
         self.optimizer.zero_grad(set_to_none=True)
@@ -545,42 +582,46 @@ class Policy:
             with torch.no_grad(), swapped:
                 ref = llm.completion_logps(self.model, packed, args.temperature, hidden=args.kl == "exact")
             new = llm.completion_logps(self.model, packed, args.temperature, hidden=args.kl == "exact")
-            exact = llm.exact_kl(self.model, packed, new.hidden, ref.hidden, args.temperature) if args.kl == "exact" else None
-            some, found = grpo_loss(new.logps, out.logps[part].to(self.device), ref.logps, adv[part], mask[part], args.clip, args.beta,
-                                    args.kl, args.length_norm, exact)
+            exact = (llm.exact_kl(self.model, packed, new.hidden, ref.hidden, args.temperature)
+                     if args.kl == "exact" else None)
+            some, found = grpo_loss(new.logps, out.logps[part].to(self.device), ref.logps, adv[part],
+                                    mask[part], args.clip, args.beta, args.kl, args.length_norm, exact)
             found["entropy"] = float((new.entropy * mask[part]).sum() / mask[part].sum().clamp(min=1))
             of_tokens = float(mask[part].sum() / mask.sum().clamp(min=1))
-            some = some * (of_tokens if args.length_norm == "dapo" else len(adv[part]) / len(adv))    # the parts add up to the whole
+            # the parts add up to the whole
+            some = some * (of_tokens if args.length_norm == "dapo" else len(adv[part]) / len(adv))
             some.backward()
             loss += some.item()
             for key, value in found.items():
-                extra[key] = max(value, extra.get(key, 0.0)) if key == "ratio_max" else extra.get(key, 0.0) + of_tokens * value
+                extra[key] = (max(value, extra.get(key, 0.0)) if key == "ratio_max"
+                              else extra.get(key, 0.0) + of_tokens * value)
         cuda.average_gradients(lora.parameters(self.model))
         norm = nn.utils.clip_grad_norm_(lora.parameters(self.model), args.max_grad_norm)
         self.optimizer.step()
         return stats | extra | {"loss": loss, "grad_norm": float(norm)}
 
 
-# 7 ---------------------------------------------------------------------------------------------------- evaluation, and phases 1 to 4
+# 7 ------------------------------------------------------------------------------------------ evaluation, and phases 1 to 4
 @torch.no_grad()
 def rank_all(args, model, logs, texts, which, limit=None):
     """Full ranking of the held-out item among all items the user has not had before. which: "valid" or "test"."""
     model.eval()
     device = next(model.parameters()).device
     users = logs.held_out if limit is None else logs.held_out[::-(-len(logs.held_out) // limit)]
-    target = logs.n_train[users] + (which == "test")                                          # position of the target
+    target = logs.n_train[users] + (which == "test")             # position of the target
     tables = model.tables(texts) if args.features != "ids" else None
     ranks, started = [], time.perf_counter()
     for part in np.array_split(np.arange(len(users)), max(1, len(users) // 32)):
         u, p = users[part], target[part]
         history = logs.histories(u, p, args.max_history).to(device)
-        scores = model.score_catalogue(torch.as_tensor(u, device=device), history, texts, tables).cpu().numpy()
+        scores = model.score_catalogue(torch.as_tensor(u, device=device), history,
+                                       texts, tables).cpu().numpy()
         ranks.append(metrics.ranks_of(scores, logs.item_at(u, p), logs.had(u, p)))
     report = metrics.ranking_report(np.concatenate(ranks))
     return report | {"ms_per_user": round(1000 * (time.perf_counter() - started) / len(users), 3)}
 
 
-# phase 1 ------------------------------------------------------------------------------------------------------------
+# phase 1 ----------------------------------------------------------------------------------------------------
 def evaluate_alignment(policy, prompts, targets, desc):
     """Greedy answers to held-out prompts -> {"format", "legal", "correct"}: rates."""
     texts = policy.write(prompts, policy.align_tokens, "judge", desc=desc)
@@ -591,14 +632,15 @@ def evaluate_alignment(policy, prompts, targets, desc):
 def align(args, run, policy, logs):
     """Phase 1. Leaves the adapter that did best on validation users in the model; returns the held-out rates.
 
-    Under torchrun every process samples and learns from its share of a step's prompts; process 0 judges and saves, and
-    goes on alone with what follows.
+    Under torchrun every process samples and learns from its share of a step's prompts; process 0 judges and
+    saves, and goes on alone with what follows.
     """
     rank, world = cuda.join(policy.device)
 
     def held_out(offset):
         users = np.random.default_rng([args.seed, 3]).permutation(logs.held_out)[:args.eval_prompts]
-        return align_examples(logs, users, logs.n_train[users] + offset, args.candidates, args.seed + 11 * offset)
+        return align_examples(logs, users, logs.n_train[users] + offset,
+                              args.candidates, args.seed + 11 * offset)
     saved = run.begin("align")
     if saved is None:
         step, best = 0, -1.0
@@ -620,9 +662,10 @@ def align(args, run, policy, logs):
         prompts, targets = align_examples(logs, users[pick], positions[pick], args.candidates, draw, seen)
         prompts, targets = prompts[rank::world], targets[rank::world]
         tokens, out, texts = policy.sample(prompts, policy.align_tokens, ("align", step, rank))
-        rules = torch.tensor([[rule_rewards(t, args.candidates, k) for t in group] for group, k in zip(texts, targets)],
-                             dtype=torch.float32)                             # (B, G, 3)
-        stats = policy.step(tokens, out, rules @ torch.tensor(args.weights), lr_scale=min((step + 1) / 10, 1 - step / args.align_steps))
+        rules = torch.tensor([[rule_rewards(t, args.candidates, k) for t in group]
+                              for group, k in zip(texts, targets)], dtype=torch.float32)   # (B, G, 3)
+        stats = policy.step(tokens, out, rules @ torch.tensor(args.weights),
+                            lr_scale=min((step + 1) / 10, 1 - step / args.align_steps))
         stats |= dict(zip(("format", "legal", "correct"), rules.mean((0, 1)).tolist()))
         stats["invalid_frac"] = 1 - stats["legal"]
         if rank > 0:
@@ -649,7 +692,7 @@ def align(args, run, policy, logs):
     return {"before": before, "after": after, "chance": round(1 / args.candidates, 4)}
 
 
-# phase 2 ------------------------------------------------------------------------------------------------------------
+# phase 2 ----------------------------------------------------------------------------------------------------
 class Texts:
     """Patterns and reasons with their vectors: what the LLM wrote, and what the reward model reads.
 
@@ -667,7 +710,8 @@ class Texts:
         self.author = torch.full((n_items, most), -1, dtype=torch.long, device=device)
 
     def fit(self, patterns, reasons):
-        """Means of both kinds, and their common principal directions scaled to unit variance (over K: unit length)."""
+        """Means of both kinds, and their common principal directions scaled to unit variance (over K: unit
+        length)."""
         K = self.reasons.shape[2]
         self.mean = torch.stack([patterns.mean(0), reasons.mean(0) if len(reasons) else patterns.mean(0)])
         centred = torch.cat([patterns - self.mean[0], reasons - self.mean[1]]).cpu().double()
@@ -717,8 +761,9 @@ class Texts:
     def rows(self, data):
         """JSON lines for people: one per user, one per item."""
         return ([{"user": data.users[u], "pattern": p} for u, p in enumerate(self.pattern)]
-                + [{"item": data.items[i], "title": data.titles[i], "reasons": [
-                    entry | {"author": data.users[entry["author"]]} for entry in r]} for i, r in enumerate(self.reason)])
+                + [{"item": data.items[i], "title": data.titles[i],
+                    "reasons": [entry | {"author": data.users[entry["author"]]} for entry in r]}
+                   for i, r in enumerate(self.reason)])
 
     def check_no_leak(self, logs):
         """Every reason must come from a training interaction; a held-out one would tell the answer."""
@@ -726,8 +771,9 @@ class Texts:
         for i, entries in enumerate(self.reason):
             for entry in entries:
                 if (entry["author"], i) not in train:
-                    raise UserError(f"leak: the reason {entry['text']!r} of item {logs.data.items[i]} was written from "
-                                    f"user {logs.data.users[entry['author']]}'s held-out interaction")
+                    raise UserError(f"leak: the reason {entry['text']!r} of item {logs.data.items[i]} "
+                                    f"was written from user {logs.data.users[entry['author']]}'s "
+                                    "held-out interaction")
 
 
 def write_texts(args, run, policy, logs):
@@ -737,16 +783,17 @@ def write_texts(args, run, policy, logs):
     items = logs.item_at(users, positions)
     rng = np.random.default_rng([args.seed, 13])
     chosen, n_chosen = [], np.zeros(len(data.items), dtype=int)
-    for e in rng.permutation(len(users)):                                     # at most --reasons interactions of each item
+    for e in rng.permutation(len(users)):                        # at most --reasons interactions of each item
         if n_chosen[items[e]] < args.reasons:
             n_chosen[items[e]] += 1
             chosen.append(e)
-    chosen = np.sort(chosen)                                                  # in time order again
+    chosen = np.sort(chosen)                                     # in time order again
     if args.texts == "data":
         patterns = ["; ".join(logs.history(u, logs.n_train[u])) for u in range(len(data.users))]
         reasons = [logs.lines[items[e]] for e in chosen]
     else:
-        patterns = policy.write([pattern_prompt(logs.history(u, logs.n_train[u])) for u in range(len(data.users))],
+        patterns = policy.write([pattern_prompt(logs.history(u, logs.n_train[u]))
+                                 for u in range(len(data.users))],
                                 policy.text_tokens, "pattern", desc="patterns")
         patterns = [clean_text(t) for t in patterns]
         reasons = policy.write([reason_prompt(logs.history(users[e], positions[e]), patterns[users[e]],
@@ -768,8 +815,8 @@ def write_texts(args, run, policy, logs):
 
 
 def text_report(texts, logs):
-    """Is the writing sound? distinct-2, mean words, and the share of named attributes that the item does not have, in the
-    reasons of each phase."""
+    """Is the writing sound? distinct-2, mean words, and the share of named attributes that the item does not
+    have, in the reasons of each phase."""
     vocabulary = {a.lower() for row in logs.data.categories for a in row}
     named, wrong = {"write": 0, "correct": 0}, {"write": 0, "correct": 0}
     for i, entries in enumerate(texts.reason):
@@ -780,7 +827,9 @@ def text_report(texts, logs):
             wrong[entry["by"]] += len(said - own)
     return {"reasons": sum(map(len, texts.reason)), "empty_items": sum(not r for r in texts.reason),
             **diversity([entry["text"] for r in texts.reason for entry in r]),
-            **{name: round(wrong[by] / named[by], 4) for name, by in (("hallucinated", "write"), ("hallucinated_corrected", "correct")) if named[by]}}
+            **{name: round(wrong[by] / named[by], 4)
+               for name, by in (("hallucinated", "write"), ("hallucinated_corrected", "correct"))
+               if named[by]}}
 
 
 def diversity(texts):
@@ -790,7 +839,7 @@ def diversity(texts):
             "words": round(float(np.mean([len(w) for w in words])), 2) if words else 0.0}
 
 
-# phase 3 ------------------------------------------------------------------------------------------------------------
+# phase 3 ----------------------------------------------------------------------------------------------------
 def train_reward_model(args, run, logs, texts, device, name="reward"):
     """Phase 3: every training interaction against --negatives items that the user never had (--rm-loss).
 
@@ -820,15 +869,18 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
         batches = logs.windows(L, args.rm_batch, np.random.default_rng([args.seed, 19, epoch]))
         total, count = {"loss": 0.0, "grad_norm": 0.0}, len(batches)
         for s, (u, start, end) in enumerate(progress(batches, f"reward model, epoch {epoch + 1}", count)):
-            torch.manual_seed(cuda.key_seed(args.seed, "rm", epoch, s) % 2**31)               # dropout, on resume too
+            torch.manual_seed(cuda.key_seed(args.seed, "rm", epoch, s) % 2**31)       # dropout, on resume too
             sequence = logs.histories(u, end, int((end - start).max()), start).to(device)
-            others = datasets.negatives(logs.data, u, args.negatives, cuda.key_seed(args.seed, "neg", epoch, s) % 2**31,
+            others = datasets.negatives(logs.data, u, args.negatives,
+                                        cuda.key_seed(args.seed, "neg", epoch, s) % 2**31,
                                         seen, weights if args.negative_power else None)
             others = torch.as_tensor(others, device=device).long()
-            lr = args.rm_lr * min((epoch * count + s + 1) / 100, 1.02 - (epoch + s / count) / args.rm_epochs)    # 100 steps up, then down to 2 %
+            # 100 steps up, then down to 2 %
+            lr = args.rm_lr * min((epoch * count + s + 1) / 100, 1.02 - (epoch + s / count) / args.rm_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            positive, negative = model.forward_all_times(torch.as_tensor(u, device=device), sequence, others + 1, texts)
+            positive, negative = model.forward_all_times(torch.as_tensor(u, device=device), sequence,
+                                                         others + 1, texts)
             real = (sequence > 0).float()
             drawn_by = (log_q[(sequence - 1).clamp(min=0)], log_q[others][:, None])
             loss = (recommendation_loss(positive, negative, args.rm_loss, drawn_by) * real).sum() / real.sum()
@@ -843,7 +895,8 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
         if score > best:
             best, best_epoch = score, epoch + 1
             best_model = {k: v.clone() for k, v in model.state_dict().items()}
-        run.log(name, epoch + 1, args.rm_epochs, **total, valid_ndcg10=score, valid_recall10=report["recall@10"])
+        run.log(name, epoch + 1, args.rm_epochs, **total,
+                valid_ndcg10=score, valid_recall10=report["recall@10"])
         run.save(name, prefix("now/", model.state_dict()) | prefix("best/", best_model)
                  | run.optimizer_tensors(optimizer),
                  {"epoch": epoch + 1, "best": best, "best_epoch": best_epoch})
@@ -859,7 +912,7 @@ def fit_or_load(args, run, logs, texts, device, name="reward"):
     return model.eval()
 
 
-# phase 4 ------------------------------------------------------------------------------------------------------------
+# phase 4 ----------------------------------------------------------------------------------------------------
 def schedule(users, items, size):
     """Batches of event numbers, at most `size` each, in which no user and no item occurs twice.
 
@@ -909,16 +962,19 @@ def correct(args, run, policy, logs, reward_model, texts):
     for b in progress(range(first, len(batches)), "correct", len(batches), initial=first):
         events = batches[b]
         u, p, i = users[events], positions[events], items[events]
-        prompts = [reason_prompt(logs.history(x, y), texts.pattern[x], logs.lines[k]) for x, y, k in zip(u, p, i)]
+        prompts = [reason_prompt(logs.history(x, y), texts.pattern[x], logs.lines[k])
+                   for x, y, k in zip(u, p, i)]
         tokens, out, groups = policy.sample(prompts, policy.text_tokens, ("correct", b))
         groups = [[clean_text(t) for t in group] for group in groups]
-        flat = texts.whiten(encode([t for group in groups for t in group]), 1).view(len(u), args.group, -1)  # (B, G, K)
+        flat = texts.whiten(encode([t for group in groups for t in group]), 1).view(
+            len(u), args.group, -1)                                             # (B, G, K)
         before, scores = reward_model.rewards(logs, texts, u, p, i, flat)       # (B,), (B, G) fp32 logits
         broken = torch.tensor([[not t for t in group] for group in groups], device=scores.device)
         rewards = torch.where(broken | out.truncated.to(scores.device), before[:, None] - 1.0, scores)
+        # Adam's steps do not shrink with the batch
         stats = policy.step(tokens, out, rewards, reference=aligned,
-                            lr_scale=args.correct_lr_scale * len(u) / args.correct_batch)     # Adam's steps do not shrink with the batch
-        if not args.update:                                                    # the best reason of the group stays, nothing is rewritten
+                            lr_scale=args.correct_lr_scale * len(u) / args.correct_batch)
+        if not args.update:  # the best reason of the group stays, nothing is rewritten
             for k, best in enumerate(rewards.argmax(1).tolist()):
                 if groups[k][best]:
                     texts.put_reason(i[k], u[k], groups[k][best], flat[k, best], "correct")
@@ -931,8 +987,10 @@ def correct(args, run, policy, logs, reward_model, texts):
                 if written[k]:
                     texts.put_pattern(u[k], written[k], texts.whiten(vectors[k], 0))
                 if written[len(u) + k]:
-                    texts.put_reason(i[k], u[k], written[len(u) + k], texts.whiten(vectors[len(u) + k], 1), "correct")
-        run.log("correct", b + 1, len(batches), **stats, invalid_frac=float(broken.float().mean()), gain=float((scores - before[:, None]).mean()),
+                    texts.put_reason(i[k], u[k], written[len(u) + k],
+                                     texts.whiten(vectors[len(u) + k], 1), "correct")
+        run.log("correct", b + 1, len(batches), **stats, invalid_frac=float(broken.float().mean()),
+                gain=float((scores - before[:, None]).mean()),
                 **diversity([t for group in groups for t in group]))
         if (b + 1) % 10 == 0 or b + 1 == len(batches):
             run.save("correct", prefix("now/", lora.state(policy.model)) | prefix("texts/", texts.tensors())
@@ -942,13 +1000,15 @@ def correct(args, run, policy, logs, reward_model, texts):
     return text_report(texts, logs) | {"events": len(users), "batches": len(batches)}
 
 
-# 8 ---------------------------------------------------------------------------------------------------- train
+# 8 ------------------------------------------------------------------------------------------ train
 def prepare(args):
     """Load, filter, and lay out the interactions."""
-    data = datasets.min_rating(datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed), args.min_rating)
+    data = datasets.min_rating(datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed),
+                               args.min_rating)
     lowest = args.min_interactions if args.min_interactions is not None else (30 if data.world is None else 1)
     if (most := np.bincount(data.user).max()) < lowest:
-        raise UserError(f"--data {args.data}: no user has {lowest} interactions, the most is {most}; lower --min-interactions")
+        raise UserError(f"--data {args.data}: no user has {lowest} interactions, the most is {most}; "
+                        "lower --min-interactions")
     data = datasets.min_interactions(data, lowest)
     if args.users:
         data = datasets.sample_users(data, args.users, args.seed)
@@ -956,8 +1016,9 @@ def prepare(args):
     logs.targets(args.data)                                     # or one line on what is missing
     unseen = int(len(data.items) - np.diff(logs.bounds).max())
     if unseen < max(args.negatives, args.candidates - 1):
-        raise UserError(f"--data {args.data}: a user has had all but {unseen} of {len(data.items)} items, and --negatives {args.negatives} and "
-                        f"--candidates {args.candidates} take more; lower them, or bring a larger catalogue")
+        raise UserError(f"--data {args.data}: a user has had all but {unseen} of {len(data.items)} items, "
+                        f"and --negatives {args.negatives} and --candidates {args.candidates} take more; "
+                        "lower them, or bring a larger catalogue")
     return logs
 
 
@@ -976,7 +1037,8 @@ def train(args, shared=(None, (), ())):
     logs = prepare(args)
     rank, world = cuda.join(device)
     if args.align_prompts % world:
-        raise UserError(f"--align-prompts {args.align_prompts} cannot be shared by {world} processes; use a multiple")
+        raise UserError(f"--align-prompts {args.align_prompts} cannot be shared by {world} processes; "
+                        "use a multiple")
     run = Run(args, "curec", logs.data.fingerprint, free=("micro_batch",), rank=rank)
     if run.done("result"):
         return {} if rank > 0 else run.result(run.done("result"))
@@ -984,10 +1046,11 @@ def train(args, shared=(None, (), ())):
     policy = Policy(args, device) if words else None
     trainable = sum(p.numel() for p in lora.parameters(policy.model)) if words else 0
     run.header(device=str(device) + (f" x {world}" if world > 1 else ""),
-               data=f"{logs.data.name} ({logs.data.fingerprint}): {len(logs.data.users):,} users, {len(logs.data.items):,} items, "
-               f"{len(logs.items):,} interactions, {logs.n_train.sum():,} of them training",
+               data=f"{logs.data.name} ({logs.data.fingerprint}): {len(logs.data.users):,} users, "
+                    f"{len(logs.data.items):,} items, {len(logs.items):,} interactions, "
+                    f"{logs.n_train.sum():,} of them training",
                backbone=f"{args.backbone}: {sum(p.numel() for p in policy.model.parameters()):,} parameters, "
-               f"{trainable:,} trainable" if words else "none (--features ids)",
+                        f"{trainable:,} trainable" if words else "none (--features ids)",
                grpo=f"{args.align_steps} steps of {args.align_prompts} prompts x {args.group} completions")
     source, phases, files = shared
     for phase in phases:
@@ -1030,9 +1093,11 @@ def train(args, shared=(None, (), ())):
     result |= {"valid": valid, "test": test, "popularity": popularity(logs)}
     if words:
         result["attention_entropy"] = attention_entropy(model, logs, texts)
-    if logs.data.world is not None and not args.min_rating:                                  # the world knows its own choices, all of them
+    # the world knows its own choices, all of them
+    if logs.data.world is not None and not args.min_rating:
         result["bayes_optimal"] = bayes(logs)
-    run.write_jsonl("examples", [explain(args, model, logs, texts, u, 3) for u in logs.held_out[:20].tolist()])
+    run.write_jsonl("examples", [explain(args, model, logs, texts, u, 3)
+                                 for u in logs.held_out[:20].tolist()])
     run.finish("result", result)
     show(result)
     return run.result(result)
@@ -1045,11 +1110,12 @@ def restore_texts(args, logs, device, tensors, state):
 
 @torch.no_grad()
 def attention_entropy(model, logs, texts):
-    """Is the attention on reasons peaked (0) or flat (1)? Entropy / log(number of keys) over test pairs, mean and 10 %
-    and 90 % quantiles; "no reason" counts as a key."""
+    """Is the attention on reasons peaked (0) or flat (1)? Entropy / log(number of keys) over test pairs, mean
+    and 10 % and 90 % quantiles; "no reason" counts as a key."""
     device = next(model.parameters()).device
     users = torch.as_tensor(logs.held_out, device=device)
-    items = torch.as_tensor(logs.item_at(logs.held_out, logs.n_train[logs.held_out] + 1).astype(np.int64), device=device)[:, None]
+    items = torch.as_tensor(logs.item_at(logs.held_out, logs.n_train[logs.held_out] + 1).astype(np.int64),
+                            device=device)[:, None]
     w = model.match(users, items + 1, texts, return_weights=True)[:, 0].mean(1)                # (B, 1 + M)
     n = (w > 0).sum(1)
     entropy = (-(w.clamp(min=1e-12).log() * w).sum(1) / n.clamp(min=2).float().log())[n > 1]
@@ -1071,12 +1137,12 @@ def show(result):
         print(f"{name:38} {report['recall@10']:10.4f} {report['ndcg@10']:9.4f}   {low:.4f} .. {high:.4f}")
     if "align" in result:
         a = result["align"]
-        print(f"alignment: correct answers among {round(1 / a['chance'])} candidates {a['before']['correct']:.3f} -> "
-              f"{a['after']['correct']:.3f} (chance {a['chance']:.3f}), legal answers {a['before']['legal']:.3f} -> "
-              f"{a['after']['legal']:.3f}")
+        print(f"alignment: correct answers among {round(1 / a['chance'])} candidates "
+              f"{a['before']['correct']:.3f} -> {a['after']['correct']:.3f} (chance {a['chance']:.3f}), "
+              f"legal answers {a['before']['legal']:.3f} -> {a['after']['legal']:.3f}")
 
 
-# 9 ---------------------------------------------------------------------------------------------------- use and compare
+# 9 ------------------------------------------------------------------------------------------ use and compare
 def recommend(args):
     """What one user is shown, from a finished run: titles with the pattern, the reasons and how they were weighed."""
     path = Path(args.run) / "args.json"
@@ -1088,12 +1154,15 @@ def recommend(args):
     old = dataclasses.replace(old, data_dir=args.data_dir or old.data_dir, run=args.run, resume=True)
     logs, device = prepare(old), cuda.pick_device(args.device)
     if args.recommend not in logs.data.users:
-        raise UserError(f"--recommend {args.recommend}: no such user; for example {', '.join(logs.data.users[:5])}")
+        raise UserError(f"--recommend {args.recommend}: no such user; "
+                        f"for example {', '.join(logs.data.users[:5])}")
     u = logs.data.users.index(args.recommend)
-    run = Run(dataclasses.replace(old, data_dir=earlier["data_dir"]), "curec", logs.data.fingerprint, free=("micro_batch",))
+    run = Run(dataclasses.replace(old, data_dir=earlier["data_dir"]), "curec", logs.data.fingerprint,
+              free=("micro_batch",))
     tensors, state = run.load("served")
     texts = restore_texts(old, logs, device, strip(tensors, "texts/"), state)
-    model = RewardModel(old, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device).eval()
+    model = RewardModel(old, len(logs.n_train), len(logs.data.items),
+                        texts.patterns.shape[1]).to(device).eval()
     model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("texts/")})
     found = explain(old, model, logs, texts, u, args.top)
     print(f"user {found['user']}, {len(logs.sequence(u))} choices, the last: " + "; ".join(found["history"]))
@@ -1109,7 +1178,8 @@ def recommend(args):
 
 @torch.no_grad()
 def explain(args, model, logs, texts, u, top):
-    """What user number u is shown, as a record: last choices, pattern, the best items with their reasons and the attention."""
+    """What user number u is shown, as a record: last choices, pattern, the best items with their reasons and
+    the attention."""
     model.eval()
     device = next(model.parameters()).device
     users, end = torch.tensor([u], device=device), np.array([len(logs.sequence(u))])
@@ -1119,12 +1189,14 @@ def explain(args, model, logs, texts, u, top):
     shown = []
     for i in scores.topk(min(top, int(torch.isfinite(scores).sum()))).indices.tolist():
         item = torch.tensor([[i + 1]], device=device)
-        w = [] if args.features == "ids" else model.match(users, item, texts, return_weights=True)[0, 0].mean(0).tolist()
+        w = ([] if args.features == "ids"
+             else model.match(users, item, texts, return_weights=True)[0, 0].mean(0).tolist())
         reasons = [{"weight": round(weight, 4), "text": entry["text"]}
                    for entry, weight in sorted(zip(texts.reason[i], w[1:]), key=lambda x: -x[1])]
         shown.append({"title": logs.lines[i], "score": round(float(scores[i]), 4), "reasons": reasons,
                       "no_reason": round(w[0], 4) if w else None})
-    return {"user": logs.data.users[u], "history": logs.history(u, end[0])[-5:], "pattern": texts.pattern[u], "top": shown}
+    return {"user": logs.data.users[u], "history": logs.history(u, end[0])[-5:],
+            "pattern": texts.pattern[u], "top": shown}
 
 
 ALIGNED = ("aligned.safetensors", "align.safetensors")
@@ -1158,15 +1230,17 @@ def ablations(args):
                 continue
             folder = root / f"s{seed}" / re.sub(r"\W+", "-", name)
             print(f"\n=== {name}, seed {seed}", flush=True)
-            now, shared = variant(args, folder, seed=seed, **change), (root / f"s{seed}" / "full", phases, files)
+            now, shared = (variant(args, folder, seed=seed, **change),
+                           (root / f"s{seed}" / "full", phases, files))
             table.setdefault(name, []).append(train(now, shared))
             runs.append(folder)
     first = next(iter(table.values()))
     columns = {"NDCG@10": lambda r: r["test"]["ndcg@10"], "Recall@10": lambda r: r["test"]["recall@10"],
-               "NDCG@20": lambda r: r["test"]["ndcg@20"], "attention": lambda r: r["attention_entropy"]["mean"],
+               "NDCG@20": lambda r: r["test"]["ndcg@20"],
+               "attention": lambda r: r["attention_entropy"]["mean"],
                "aligned": lambda r: r["align"]["after"]["correct"]}
-    print(f"\ntest, mean ± std over {len(first)} seeds; attention: entropy on reasons, 1 = flat; aligned: right answers of "
-          "the LLM")
+    print(f"\ntest, mean ± std over {len(first)} seeds; attention: entropy on reasons, 1 = flat; "
+          "aligned: right answers of the LLM")
     table |= {name: [{"test": r[key]} for r in first] for name, key in (("popularity", "popularity"),
               ("Bayes-optimal", "bayes_optimal")) if key in first[0]}
     return write_table(root, args, summarise(table, columns, digits=4), runs)

@@ -1,8 +1,8 @@
 """LCFT: fine-tuning that keeps "will like" and "will dislike" apart in logit space (EMNLP 2025, 2025.emnlp-main.1491).
 
 Ask a fine-tuned LLM whether a user will like a film, then whether the user will dislike it: often it says Yes twice.
-LCFT, added to a host (TALLRec: text alone; CoLLM: text and collaborative vectors), shows it both questions on the same
-context and pushes the two answer distributions apart:
+LCFT, added to a host (TALLRec: text alone; CoLLM: text and collaborative vectors), shows it both questions on
+the same context and pushes the two answer distributions apart:
 
   1 mf        (--host collm) matrix factorisation gives every user and item a vector
   2 lora      a LoRA adapter learns to answer Yes or No, with the divergence of the two answers as a bonus
@@ -30,41 +30,44 @@ CHECKED BY, in tests/
 
 DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on films only) differs from it.
   - `--kl paper` follows the formula: KL(P+ || P-) at the answer, gradient through both branches. The formula has no
-    bound, and without one the loss has no lower bound; --cap gives it one. A hinge max(0, cap - D) is the same up to a constant.
-  - `--kl official` follows the code: the reversed KL, P- detached, summed over all positions from the first difference
-    on and the whole vocabulary, CE on the whole row of x+, lambda = 1e-4, cap = 10,000 (there on a micro-batch, here on a pair). It is
-    computed from log-probabilities: the code's log(softmax) gives NaN gradients at gaps that fp32 cannot hold. The rows are
-    aligned from the answer back to where they begin to differ; the code compares by index, off by one from where the questions
-    differ in length.
-  - Of [3], with one answer position, two words, s the log-odds of the right one and p, n its probability in P+ and P-:
-    -dL/ds = (1 - p) + lambda (p - n). At p = 1 it still pulls, until the cap; where n > p it pushes the right answer down.
-  - `--kl bounded` asks for what is meant: P-(Yes) = P+(No). Pushing P+ and P- apart, however bounded, has no gradient where
-    both answers are equal (which is where a contradiction starts), pays for over-confidence, and over the whole
-    vocabulary is won by a third word after the flipped question. --bound jsd and hinge are there to see that; the hinge
-    works on log-odds, knows the right direction from the label, and stops once they are cap apart. All three compare
-    Yes and No only, unless --kl-vocab full (jsd).
-  - The paper has one λ from the first step. --lam-ramp lets it grow from 0: an LLM that cannot tell likes from dislikes yet
-    learns to answer both questions with a half, and needs many steps to leave that. The step with the best AUC may come
-    before the divergence had its say: --keep last.
-  - The answer is one token, Yes or No. `--template shared` puts context first and question last, so that a pair shares
-    its context and runs through the model once; `--template tallrec` is the published order: instruction first, and a
-    last line that asks for "like" in both prompts.
-  - CoLLM trains the logit of Yes alone, by binary cross-entropy: --ce yes, which then also is the score. By default both
-    hosts have [1] and [6]: under --ce yes contradictions are judged by logit(Yes), which the divergence of
-    Yes against No need not move; --neg-ce does.
-  - CoLLM's mapping is an MLP alone; here its output has the size of a word's embedding. No weight decay (CoLLM's: 1e-3).
+    bound, and without one the loss has no lower bound; --cap gives it one. A hinge max(0, cap - D) is the same
+    up to a constant.
+  - `--kl official` follows the code: the reversed KL, P- detached, summed over all positions from the first
+    difference on and the whole vocabulary, CE on the whole row of x+, lambda = 1e-4, cap = 10,000 (there on a
+    micro-batch, here on a pair). It is computed from log-probabilities: the code's log(softmax) gives NaN
+    gradients at gaps that fp32 cannot hold. The rows are aligned from the answer back to where they begin to
+    differ; the code compares by index, off by one from where the questions differ in length.
+  - Of [3], with one answer position, two words, s the log-odds of the right one and p, n its probability in P+
+    and P-: -dL/ds = (1 - p) + lambda (p - n). At p = 1 it still pulls, until the cap; where n > p it pushes the
+    right answer down.
+  - `--kl bounded` asks for what is meant: P-(Yes) = P+(No). Pushing P+ and P- apart, however bounded, has no
+    gradient where both answers are equal (which is where a contradiction starts), pays for over-confidence, and
+    over the whole vocabulary is won by a third word after the flipped question. --bound jsd and hinge are there
+    to see that; the hinge works on log-odds, knows the right direction from the label, and stops once they are
+    cap apart. All three compare Yes and No only, unless --kl-vocab full (jsd).
+  - The paper has one λ from the first step. --lam-ramp lets it grow from 0: an LLM that cannot tell likes from
+    dislikes yet learns to answer both questions with a half, and needs many steps to leave that. The step with
+    the best AUC may come before the divergence had its say: --keep last.
+  - The answer is one token, Yes or No. `--template shared` puts context first and question last, so that a pair
+    shares its context and runs through the model once; `--template tallrec` is the published order: instruction
+    first, and a last line that asks for "like" in both prompts.
+  - CoLLM trains the logit of Yes alone, by binary cross-entropy: --ce yes, which then also is the score. By
+    default both hosts have [1] and [6]: under --ce yes contradictions are judged by logit(Yes), which the
+    divergence of Yes against No need not move; --neg-ce does.
+  - CoLLM's mapping is an MLP alone; here its output has the size of a word's embedding. No weight decay
+    (CoLLM's: 1e-3).
   - Neither the wording of the flip for CoLLM nor which stage has the KL term is public: --kl-stages, both by default.
-  - MovieLens-100K: TALLRec's 10,000 rows are the last of its list of users' sequences (80 users train, 14 validate, 16 test); ours
-    are as many, the last in time, so that nobody learns from what happens later. MovieLens-1M: CoLLM's rows came with a file of
-    its own; ours are all ratings of the same months. Amazon-Book: CoLLM takes 2017 alone and likes above 4; ours is 80/10/10
-    of all years (--like-above 4).
+  - MovieLens-100K: TALLRec's 10,000 rows are the last of its list of users' sequences (80 users train, 14
+    validate, 16 test); ours are as many, the last in time, so that nobody learns from what happens later.
+    MovieLens-1M: CoLLM's rows came with a file of its own; ours are all ratings of the same months.
+    Amazon-Book: CoLLM takes 2017 alone and likes above 4; ours is 80/10/10 of all years (--like-above 4).
 
   python lcft.py --data toy --kl bounded                                 # 4 minutes on 2 cores
   python lcft.py --data ml1m --host collm --backbone Qwen/Qwen2.5-1.5B    # on a GPU
   python lcft.py --ablations --seeds 0,1,2 --data ml100k                 # the objectives, lambda by validation
 """
 
-# 1 ---------------------------------------------------------------------------------------------------- imports
+# 1 ------------------------------------------------------------------------------------------ imports
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +80,16 @@ import torch.nn.functional as F
 
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines, item_line
-from common.run import Run, UserError, at_least, folder_of, main, prefix, progress, pyplot, strip, summarise, variant, write_table
+from common.run import (Run, UserError, at_least, folder_of, main, prefix, progress, pyplot, strip,
+                        summarise, variant, write_table)
 
 
-# 2 ---------------------------------------------------------------------------------------------------- arguments
+# 2 ------------------------------------------------------------------------------------------ arguments
 @dataclass
 class Args:
     # -- run
-    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
+    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-...,
+    # or a folder of your own logs
     data_dir: str | None = None  # a folder that already holds the data sets (else LLMREC_DATA, else download)
     max_bad_rows: int = 0  # broken rows to skip before giving up
     run: str | None = None  # run folder (default: runs/lcft-DATA-BACKBONE-sSEED)
@@ -93,18 +98,23 @@ class Args:
     seed: int = 0  # of sampling, initialisation and training
     device: str = "auto"  # auto (CUDA if there is one, else CPU), cpu, cuda, mps
     dtype: str = "auto"  # of the frozen backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
-    ablations: bool = False  # run every objective of VARIANTS and print one table (it sets --kl, --bound, --lam and --neg-ce)
-    variants: tuple[str, ...] = ()  # with --ablations: rows of VARIANTS such as off,hinge:0.5,hinge:1 (default: all)
+    ablations: bool = False  # run every objective of VARIANTS and print one table
+    # (it sets --kl, --bound, --lam and --neg-ce)
+    variants: tuple[str, ...] = ()  # with --ablations: rows of VARIANTS such as off,hinge:0.5,hinge:1
+    # (default: all)
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     # -- data
-    like_above: float | None = None  # a rating above this is a like (default 3; of BookCrossing's ten points 5)
+    like_above: float | None = None  # a rating above this is a like
+    # (default 3; of BookCrossing's ten points 5)
     min_history: int | None = None  # earlier ratings that a row needs (default 1; on ml100k the published 10)
-    shots: int = 0  # train on so many rows, half likes, half dislikes (published: 16, 64, 256, drawn at random); 0 is all
+    shots: int = 0  # train on so many rows, half likes, half dislikes
+    # (published: 16, 64, 256, drawn at random); 0 is all
     users: int | None = None  # keep a random sample of so many users
     # -- backbone
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     prompt_history: int = 10  # rated titles of the user in a prompt
-    template: Literal["shared", "tallrec"] = "shared"  # question last (context computed once), or instruction first
+    template: Literal["shared", "tallrec"] = "shared"  # question last (context computed once),
+    # or instruction first
     flip: str = "like"  # which pair of questions, a row of FLIPS: like, enjoy
     answers: tuple[str, ...] = ("Yes", "No")  # two words of one token each
     # -- lora
@@ -114,14 +124,20 @@ class Args:
     lora_dropout: float = 0.05  # on the adapter's input
     # -- method
     host: Literal["tallrec", "collm"] = "tallrec"  # text only, or text with matrix-factorisation vectors
-    kl: Literal["paper", "official", "bounded", "off"] = "bounded"  # paper | official: the KL as written and as released | bounded: see --bound | off: fine-tuning alone
-    bound: Literal["swap", "jsd", "hinge"] = "swap"  # of --kl bounded: swap: JSD to the swapped answer, made small | jsd: JSD made large | hinge: log-odds kept apart
-    kl_vocab: Literal["full", "answers"] | None = None  # of the divergence: all tokens, or Yes and No (default: answers with bounded)
+    kl: Literal["paper", "official", "bounded", "off"] = "bounded"  # paper | official: the KL as written
+    # and as released | bounded: see --bound | off: fine-tuning alone
+    bound: Literal["swap", "jsd", "hinge"] = "swap"  # of --kl bounded:
+    # swap: JSD to the swapped answer, made small | jsd: JSD made large | hinge: log-odds kept apart
+    kl_vocab: Literal["full", "answers"] | None = None  # of the divergence: all tokens, or Yes and No
+    # (default: answers with bounded)
     lam: float | None = None  # λ (default 1; with --kl paper 0.1, with official the code's 1e-4)
     lam_ramp: float = 0.0  # share of the steps over which λ (and --neg-ce) grows from 0 to its value
-    cap: float | None = None  # nats of divergence beyond which more earns nothing (default: paper 10, official 10000, hinge 4)
-    neg_ce: float = 0.0  # weight of eq. 5, the cross-entropy of the flipped answer to the flipped question, in every stage
-    ce: Literal["answer", "yes"] = "answer"  # CE of the answer over the vocabulary, or CoLLM's BCE on the logit of Yes alone
+    cap: float | None = None  # nats of divergence beyond which more earns nothing
+    # (default: paper 10, official 10000, hinge 4)
+    neg_ce: float = 0.0  # weight of eq. 5, the cross-entropy of the flipped answer to the flipped question,
+    # in every stage
+    ce: Literal["answer", "yes"] = "answer"  # CE of the answer over the vocabulary,
+    # or CoLLM's BCE on the logit of Yes alone
     kl_stages: Literal["lora", "map", "both"] = "both"  # with --host collm: which stages have the KL term
     # -- matrix factorisation (with --host collm)
     mf_dim: int = 64  # width of the vectors; the paper's 256 is for larger data
@@ -131,14 +147,16 @@ class Args:
     # -- optimisation
     lr: float | None = None  # of LoRA (default 1e-4; 2e-3 for tiny)
     batch: int = 64  # pairs per step
-    micro_batch: int | None = None  # pairs at once: less memory, same result but for dropout's draws (default: 16 on CUDA, else 64)
+    micro_batch: int | None = None  # pairs at once: less memory, same result but for dropout's draws
+    # (default: 16 on CUDA, else 64)
     steps: int = 200  # most steps, per stage
     warmup: int = 20  # steps to the full rate, which then falls linearly to 0
     max_grad_norm: float = 1.0  # gradient clipping
     # -- evaluation
     eval_every: int = 20  # steps
     patience: int = 10  # evaluations without a better validation AUC
-    keep: Literal["best", "last"] = "best"  # the step with the best validation AUC, or the last (needed where λ grows)
+    keep: Literal["best", "last"] = "best"  # the step with the best validation AUC,
+    # or the last (needed where λ grows)
     eval_rows: int = 1000  # validation rows that choose the checkpoint
     eval_batch: int = 64  # pairs at once
 
@@ -150,22 +168,26 @@ class Args:
             raise ValueError(f"--flip {self.flip}: one of {', '.join(FLIPS)}")
         if self.shots % 2:
             raise ValueError("--shots must be even: half likes, half dislikes")
-        at_least(self, 1, "batch micro_batch steps eval_every patience eval_rows eval_batch lora_rank mf_dim mf_epochs")
+        at_least(self, 1, "batch micro_batch steps eval_every patience eval_rows eval_batch lora_rank "
+                          "mf_dim mf_epochs")
         at_least(self, 0, "prompt_history min_history shots warmup lora_alpha lam neg_ce")
         if not 0 <= self.lam_ramp <= 1:
             raise ValueError("--lam-ramp must be in [0, 1]")
-        if not all(x is None or x > 0 for x in (self.cap, self.lr, self.mf_lr, self.map_lr, self.max_grad_norm)):
+        if not all(x is None or x > 0
+                   for x in (self.cap, self.lr, self.mf_lr, self.map_lr, self.max_grad_norm)):
             raise ValueError("--cap, --lr, --mf-lr, --map-lr and --max-grad-norm must be positive")
         official = "official" in chosen_variants(self.variants) if self.ablations else self.kl == "official"
         if official and (self.host == "collm" or self.ce == "yes"):
-            raise ValueError("official is the released code's loss: TALLRec's, on the whole row; leave it, or --host collm and --ce yes, out")
+            raise ValueError("official is the released code's loss: TALLRec's, on the whole row; leave it, "
+                             "or --host collm and --ce yes, out")
         if self.kl == "bounded" and self.bound != "jsd" and self.kl_vocab == "full":
-            raise ValueError(f"--kl-vocab full: {self.bound} compares Yes and No; it needs --bound jsd, or --kl paper or official")
+            raise ValueError(f"--kl-vocab full: {self.bound} compares Yes and No; "
+                             "it needs --bound jsd, or --kl paper or official")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError("--lora-dropout must be in [0, 1)")
 
 
-# 3 ---------------------------------------------------------------------------------------------------- the host's extra parts
+# 3 ------------------------------------------------------------------------------------------ the host's extra parts
 class MF(nn.Module):
     """Matrix factorisation: logit(u, i) = <p_u, q_i> + b_u + b_i + b."""
 
@@ -185,11 +207,13 @@ class MF(nn.Module):
 
 
 class Mapping(nn.Module):
-    """CoLLM's mapping: a vector of MF -> one token in the LLM's embedding space, one MLP for users and one for items."""
+    """CoLLM's mapping: a vector of MF -> one token in the LLM's embedding space, one MLP for users and one for
+    items."""
 
     def __init__(self, dim, width, scale):
         super().__init__()
-        self.user, self.item = (nn.Sequential(nn.Linear(dim, 10 * dim), nn.ReLU(), nn.Linear(10 * dim, width)) for _ in range(2))
+        self.user, self.item = (nn.Sequential(nn.Linear(dim, 10 * dim), nn.ReLU(), nn.Linear(10 * dim, width))
+                                for _ in range(2))
         self.scale = scale                                       # std of the word embeddings
 
     def forward(self, p, q):
@@ -198,7 +222,7 @@ class Mapping(nn.Module):
         return self.scale * F.layer_norm(tokens, tokens.shape[-1:])
 
 
-# 4 ---------------------------------------------------------------------------------------------------- prompts
+# 4 ------------------------------------------------------------------------------------------ prompts
 # Another wording of the flip is one more line.
 FLIPS = {"like": ("Will the user like it?", "Will the user dislike it?"),
          "enjoy": ("Would the user enjoy it?", "Would the user not enjoy it?")}
@@ -216,11 +240,13 @@ VECTORS = ("What other users chose says this of the user: ", 0, ", and this of t
 
 def pair_prompts(liked, disliked, item, template="shared", flip="like", answers=("Yes", "No"), vectors=False):
     """The two prompts of a pair, each a list of texts and slot numbers (see llm.chat). The context is the same."""
-    context = [*(VECTORS if vectors else ()), CONTEXT.format(liked=history_lines(liked), disliked=history_lines(disliked), item=item)]
+    context = [*(VECTORS if vectors else ()),
+               CONTEXT.format(liked=history_lines(liked), disliked=history_lines(disliked), item=item)]
     answer = f" Answer {answers[0]} or {answers[1]}."
     if template == "shared":
         return [[*context, question + answer] for question in FLIPS[flip]]
-    return [[f"Given the user's taste, say: {question}{answer}\n", *context, FLIPS[flip][0]] for question in FLIPS[flip]]
+    return [[f"Given the user's taste, say: {question}{answer}\n", *context, FLIPS[flip][0]]
+            for question in FLIPS[flip]]
 
 
 def answer_ids(tokenizer, answers):
@@ -230,11 +256,12 @@ def answer_ids(tokenizer, answers):
         others = [pair for pair in (("Yes", "No"), ("yes", "no"), ("A", "B"), ("1", "0"), ("y", "n"))
                   if None not in (ids := [llm.single_token(tokenizer, w) for w in pair]) and ids[0] != ids[1]]
         fix = f"--answers {','.join(others[0])} works" if others else "take another --backbone"
-        raise UserError(f"--answers {','.join(answers)}: not two different single tokens of this tokenizer; {fix}")
+        raise UserError(f"--answers {','.join(answers)}: not two different single tokens "
+                        f"of this tokenizer; {fix}")
     return found
 
 
-# 5 ---------------------------------------------------------------------------------------------------- losses
+# 5 ------------------------------------------------------------------------------------------ losses
 def kl_divergence(p, q):
     """KL(p || q) from log-probabilities (..., V) -> (...). Finite for any finite logits; so is its gradient."""
     return (p.exp() * (p - q)).sum(-1)
@@ -249,9 +276,10 @@ def js_divergence(p, q):
 def apart(pos, neg, kind, cap=10.0, ids=None, label=None):
     """[2]-[4]: how far the answers to the two questions are from each other, (N,) nats, from logits (N, V).
 
-    kind: "paper", "official" (not capped here: its sum is, see train_pairs), "jsd", "swap", "hinge". ids: compare only
-    these tokens. "swap" and "hinge" need ids = (yes, no): minus the divergence of P+ from P- with the two swapped, and the
-    gap of log-odds in the direction of label (N,) in {0, 1}. Example: equal logits give 0 in every kind but "swap".
+    kind: "paper", "official" (not capped here: its sum is, see train_pairs), "jsd", "swap", "hinge". ids:
+    compare only these tokens. "swap" and "hinge" need ids = (yes, no): minus the divergence of P+ from P- with
+    the two swapped, and the gap of log-odds in the direction of label (N,) in {0, 1}. Example: equal logits
+    give 0 in every kind but "swap".
     """
     if kind == "hinge":
         gap = (pos - neg)[..., ids[0]] - (pos - neg)[..., ids[1]]
@@ -273,22 +301,24 @@ def apart(pos, neg, kind, cap=10.0, ids=None, label=None):
 def answer_loss(yes, no, logsumexp, label, kind="answer"):
     """[1] per row: logits of Yes and No and the logsumexp over the vocabulary, each (N,); label (N,) in {0, 1}.
 
-    "answer": cross-entropy of the right word among all tokens. "yes": CoLLM's binary cross-entropy on the logit of Yes.
+    "answer": cross-entropy of the right word among all tokens. "yes": CoLLM's binary cross-entropy on the logit
+    of Yes.
     """
     if kind == "yes":
         return F.binary_cross_entropy_with_logits(yes, label.to(yes.dtype), reduction="none")
     return logsumexp - torch.where(label.bool(), yes, no)
 
 
-# 6 ---------------------------------------------------------------------------------------------------- the LLM
+# 6 ------------------------------------------------------------------------------------------ the LLM
 class Rows:
-    """Every rating as a question: user, item, label, and what the user liked and disliked before. Rows are numbered in
-    time order; train, valid and test are sorted row numbers."""
+    """Every rating as a question: user, item, label, and what the user liked and disliked before. Rows are
+    numbered in time order; train, valid and test are sorted row numbers."""
 
     def __init__(self, args):
         data = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed)
         if not data.has_ratings:
-            raise UserError(f"--data {args.data}: has no ratings, and likes and dislikes are needed; add a rating column")
+            raise UserError(f"--data {args.data}: has no ratings, and likes and dislikes are needed; "
+                            "add a rating column")
         if args.users:
             data = datasets.sample_users(data, args.users, args.seed)
         self.data, self.args = data, args
@@ -298,25 +328,26 @@ class Rows:
         self.above = args.like_above if args.like_above is not None else (5.0 if self.books else 3.0)
         self.label = (data.rating > self.above).astype(np.int64)
         self.place = datasets.places(data.user)
-        self.sequence = datasets.histories(data)                 # positions: row numbers per user, in time order
+        self.sequence = datasets.histories(data)  # positions: row numbers per user, in time order
         least = args.min_history if args.min_history is not None else (10 if args.data == "ml100k" else 1)
         usable = np.flatnonzero(self.place >= least)
         if len(usable) < 10:
-            raise UserError(f"--data {args.data}: only {len(usable)} ratings have {least} earlier ones of their user; "
-                            "lower --min-history or bring more ratings")
+            raise UserError(f"--data {args.data}: only {len(usable)} ratings have {least} earlier ones "
+                            "of their user; lower --min-history or bring more ratings")
         self.train, self.valid, self.test = self.split(usable)
         for name in ("train", "valid", "test"):
             share = self.label[getattr(self, name)].mean() if len(getattr(self, name)) else 0
             if not 0 < share < 1:
-                raise UserError(f"--data {args.data}: its {name} rows have {'likes' if share else 'dislikes or nothing'} "
-                                f"only; set --like-above (now {self.above:g}) between the ratings that occur")
+                raise UserError(f"--data {args.data}: its {name} rows have "
+                                f"{'likes' if share else 'dislikes or nothing'} only; "
+                                f"set --like-above (now {self.above:g}) between the ratings that occur")
         if args.shots:
             self.train = self.few(args.shots)
 
     def split(self, usable):
-        """ml100k: the last 10,000 rows, 80/10/10 (as many as TALLRec); ml1m: the last 20 months, 10/5/5 (CoLLM); BookCrossing, which
-        has no times: the last row of each user with more than 3, 80/10/10 of the users (TALLRec); else 80/10/10 of all
-        rows in time order."""
+        """ml100k: the last 10,000 rows, 80/10/10 (as many as TALLRec); ml1m: the last 20 months, 10/5/5
+        (CoLLM); BookCrossing, which has no times: the last row of each user with more than 3, 80/10/10 of the
+        users (TALLRec); else 80/10/10 of all rows in time order."""
         if self.books:
             size = np.diff(self.sequence.offsets)
             last = self.sequence.positions[self.sequence.offsets[1:] - 1][size > 3]
@@ -325,7 +356,8 @@ class Rows:
         if self.args.data == "ml1m":
             month = self.data.time.astype("datetime64[s]").astype("datetime64[M]").astype(int)[usable]
             last = month.max()
-            return [usable[(last - month >= low) & (last - month < high)] for low, high in ((10, 20), (5, 10), (0, 5))]
+            return [usable[(last - month >= low) & (last - month < high)]
+                    for low, high in ((10, 20), (5, 10), (0, 5))]
         if self.args.data == "ml100k":
             usable = usable[-10_000:]
         return np.split(usable, [int(0.8 * len(usable)), int(0.9 * len(usable))])
@@ -334,7 +366,8 @@ class Rows:
         rng, half = np.random.default_rng([self.args.seed, 31]), shots // 2
         kinds = [self.train[self.label[self.train] == k] for k in (0, 1)]
         if min(map(len, kinds)) < half:
-            raise UserError(f"--shots {shots}: the training rows hold only {len(kinds[1])} likes and {len(kinds[0])} dislikes")
+            raise UserError(f"--shots {shots}: the training rows hold only {len(kinds[1])} likes "
+                            f"and {len(kinds[0])} dislikes")
         return np.sort(np.concatenate([rng.choice(rows, half, replace=False) for rows in kinds]))
 
     def before(self, row):
@@ -346,13 +379,14 @@ class Rows:
 
     def sizes(self):
         text = " / ".join(f"{len(getattr(self, name)):,}" for name in ("train", "valid", "test"))
-        published = {"ml100k": "8,000 / 1,000 / 1,000, of other users", "ml1m": "33,891 / 10,401 / 7,331"}.get(self.args.data)
+        published = {"ml100k": "8,000 / 1,000 / 1,000, of other users",
+                     "ml1m": "33,891 / 10,401 / 7,331"}.get(self.args.data)
         return text + (f" (published: {published})" if published and not self.args.shots else "")
 
 
 class Answers(NamedTuple):
-    """Of a batch of pairs, after x+ and x- (the two columns): logits of Yes and No, logsumexp over the vocabulary and largest
-    logit, (B, 2) each; and what apart() says of them, (B,)."""
+    """Of a batch of pairs, after x+ and x- (the two columns): logits of Yes and No, logsumexp over the
+    vocabulary and largest logit, (B, 2) each; and what apart() says of them, (B,)."""
     yes: torch.Tensor
     no: torch.Tensor
     lse: torch.Tensor
@@ -367,7 +401,8 @@ class Host:
         self.args, self.device, self.rows = args, device, rows
         self.model, self.tokenizer = llm.load(args.backbone, device, cuda.pick_dtype(args.dtype, device))
         self.ids = answer_ids(self.tokenizer, args.answers)
-        lora.inject(self.model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout, seed=args.seed)
+        lora.inject(self.model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout,
+                    seed=args.seed)
         self.mf = self.mapping = None
         if args.host == "collm":
             words = self.model.get_input_embeddings().weight
@@ -375,13 +410,13 @@ class Host:
             self.mapping = Mapping(args.mf_dim, words.shape[1], float(words.float().std())).to(device)
 
     def pack(self, rows, vectors=False, whole=False):
-        """Row numbers -> (llm.Packed, soft tokens). What both questions of a pair have in common runs once: one packed
-        row, completion 0 for the question and 1 for its flip. Where that is little, each has a row of its own, in turn.
-        whole: so that every token after the first is predicted, not the answer alone."""
+        """Row numbers -> (llm.Packed, soft tokens). What both questions of a pair have in common runs once: one
+        packed row, completion 0 for the question and 1 for its flip. Where that is little, each has a row of
+        its own, in turn. whole: so that every token after the first is predicted, not the answer alone."""
         args, pairs = self.args, []
         for row in rows:
-            prompts = pair_prompts(*self.rows.before(row), self.rows.lines[self.rows.item[row]], args.template, args.flip,
-                                   args.answers, vectors)
+            prompts = pair_prompts(*self.rows.before(row), self.rows.lines[self.rows.item[row]],
+                                   args.template, args.flip, args.answers, vectors)
             pos, neg = (llm.chat(self.tokenizer, p) for p in prompts)
             label = int(self.rows.label[row])
             pairs.append((pos, neg, [self.ids[1 - label]], [self.ids[label]]))
@@ -403,17 +438,18 @@ class Host:
         return self.mapping(self.mf.user(index[0]).detach(), self.mf.item(index[1]).detach())
 
     def compared(self, kind):
-        """The tokens that a divergence compares, None = all. Over all of them a bounded one is soon won by answering the
-        flipped question with any third word, and the contradictions stay."""
+        """The tokens that a divergence compares, None = all. Over all of them a bounded one is soon won by
+        answering the flipped question with any third word, and the contradictions stay."""
         if kind in ("swap", "hinge"):
             return self.ids
-        return self.ids if (self.args.kl_vocab or ("answers" if kind == "jsd" else "full")) == "answers" else None
+        return (self.ids if (self.args.kl_vocab or ("answers" if kind == "jsd" else "full")) == "answers"
+                else None)
 
     def look(self, rows, kind, cap, vectors=False, ids=None):
         """[6] The Answers of these rows, from one pass."""
         packed, soft = self.pack(rows, vectors)
         hidden = llm.packed_hidden(self.model, packed, soft)
-        last = llm.last_slots(packed).view(-1, 2)                                             # the answers' slots
+        last = llm.last_slots(packed).view(-1, 2)                # the answers' slots
         yes, no = self.ids
         ids = ids or self.compared(kind)
 
@@ -422,7 +458,8 @@ class Host:
             answered = [x for z in (pos, neg) for x in (z[:, yes], z[:, no], z.logsumexp(-1), z.amax(-1))]
             return torch.stack([*answered, far], -1)
         label = torch.as_tensor(self.rows.label[rows], device=self.device)
-        seen = llm.over_logits(self.model, columns, hidden[last[:, 0]], hidden[last[:, 1]], beside=(label,), exact=self.ids)    # (B, 9)
+        seen = llm.over_logits(self.model, columns, hidden[last[:, 0]], hidden[last[:, 1]],
+                               beside=(label,), exact=self.ids)  # (B, 9)
         return Answers(*seen[:, :8].view(-1, 2, 4).unbind(-1), seen[:, 8])
 
 
@@ -434,17 +471,20 @@ def train_pairs(host, rows, kl, vectors=False, grown=1.0):
     kind = {"bounded": args.bound, "off": None}.get(kl, kl)
     cap = args.cap or {"paper": 10.0, "official": 1e4, "hinge": 4.0}.get(kind, 1.0)
     lam = args.lam if args.lam is not None else {"official": 1e-4, "paper": 0.1}.get(kl, 1.0)
-    if kl == "official":                                         # [3]: the whole row, and all positions from the first difference on
+    if kl == "official":  # [3]: the whole row, and all positions from the first difference on
         packed, _ = host.pack(rows, whole=True)
         scored = llm.completion_logps(host.model, packed, hidden=True)
         length = packed.valid.sum(-1).view(-1, 2)                                             # (B, 2)
         ce = -scored.logps.view(len(rows), 2, -1)[:, 0].sum(-1) / length[:, 0]
-        same = (packed.tokens[0::2] == packed.tokens[1::2]).long().cumprod(1).sum(1)          # the common context says the same
+        # the common context says the same
+        same = (packed.tokens[0::2] == packed.tokens[1::2]).long().cumprod(1).sum(1)
         last, n = llm.last_slots(packed).view(-1, 2), length.min(1).values - same
-        pair, back = (torch.arange(int(n.max()), device=host.device) < n[:, None]).nonzero(as_tuple=True)     # back: counted from the answer
+        # back: counted from the answer
+        pair, back = (torch.arange(int(n.max()), device=host.device) < n[:, None]).nonzero(as_tuple=True)
         pos, neg = (last[pair, g] - back for g in (0, 1))
         ids = host.compared(kind)
-        each = llm.over_logits(host.model, lambda p, n: apart(p, n, "official", ids=ids), scored.hidden[pos], scored.hidden[neg])
+        each = llm.over_logits(host.model, lambda p, n: apart(p, n, "official", ids=ids),
+                               scored.hidden[pos], scored.hidden[neg])
         far = each.new_zeros(len(rows)).index_add(0, pair, each).clamp(max=cap)
     else:
         seen = host.look(rows, kind, cap, vectors)
@@ -457,20 +497,21 @@ def train_pairs(host, rows, kl, vectors=False, grown=1.0):
     return loss, stats | {"loss": loss}
 
 
-# 7 ---------------------------------------------------------------------------------------------------- evaluation
+# 7 ------------------------------------------------------------------------------------------ evaluation
 @torch.no_grad()
 def ask(host, rows, vectors=False, desc=None):
-    """Both questions on every row -> arrays (n,): gap and flipped gap logit(Yes) - logit(No) (--ce yes trains the logit of
-    Yes alone: then that), Jensen-Shannon divergence of the two answers, and the share of the two whose likeliest token
-    is neither Yes nor No."""
+    """Both questions on every row -> arrays (n,): gap and flipped gap logit(Yes) - logit(No) (--ce yes trains
+    the logit of Yes alone: then that), Jensen-Shannon divergence of the two answers, and the share of the two
+    whose likeliest token is neither Yes nor No."""
     host.model.eval()
-    shown = np.minimum(host.rows.place[rows], host.args.prompt_history)                       # titles in the prompt
+    shown = np.minimum(host.rows.place[rows], host.args.prompt_history)  # titles in the prompt
     order, size = np.argsort(shown, kind="stable"), host.args.eval_batch
     parts = [host.look(np.asarray(rows)[order[start:start + size]], "jsd", 1.0, vectors, host.ids)
              for start in progress(range(0, len(rows), size), desc, -(-len(rows) // size))]
     yes, no, _, top, jsd = (torch.cat(x).cpu().double().numpy()[np.argsort(order)] for x in zip(*parts))
     gap = yes if host.args.ce == "yes" else yes - no                                          # (n, 2)
-    return {"gap": gap[:, 0], "flipped": gap[:, 1], "jsd": jsd, "invalid": (top > np.maximum(yes, no)).mean(1)}
+    return {"gap": gap[:, 0], "flipped": gap[:, 1], "jsd": jsd,
+            "invalid": (top > np.maximum(yes, no)).mean(1)}
 
 
 def sigmoid(x):
@@ -480,14 +521,17 @@ def sigmoid(x):
 def report(user, label, gap, flipped, invalid, jsd):
     """All measures of a set of rows. gap, flipped (n,): logit(Yes) - logit(No) after the question and after its flip.
 
-    contradiction: same answer to both questions. soft_inconsistency: mean |P+(Yes) + P-(Yes) - 1|. joint_accuracy: both
-    answers right. flip_auc: AUC of P+(Yes) - P-(Yes). neg_auc: AUC of the flipped question alone. divergence: mean JSD.
+    contradiction: same answer to both questions. soft_inconsistency: mean |P+(Yes) + P-(Yes) - 1|.
+    joint_accuracy: both answers right. flip_auc: AUC of P+(Yes) - P-(Yes). neg_auc: AUC of the flipped question
+    alone. divergence: mean JSD.
     """
     p, n = sigmoid(gap), sigmoid(flipped)
     ece, curve = metrics.calibration(label, p)
     values = {"auc": metrics.auc(label, gap), "uauc_user": metrics.uauc(user, label, gap),
-              "uauc_impressions": metrics.uauc(user, label, gap, "impressions"), "log_loss": metrics.log_loss(label, gap),
-              "contradiction": np.mean((gap > 0) == (flipped > 0)), "soft_inconsistency": np.mean(np.abs(p + n - 1)),
+              "uauc_impressions": metrics.uauc(user, label, gap, "impressions"),
+              "log_loss": metrics.log_loss(label, gap),
+              "contradiction": np.mean((gap > 0) == (flipped > 0)),
+              "soft_inconsistency": np.mean(np.abs(p + n - 1)),
               "joint_accuracy": np.mean(((gap > 0) == label) & ((flipped > 0) != label)),
               "flip_auc": metrics.auc(label, p - n), "neg_auc": metrics.auc(label, -flipped),
               "divergence": np.mean(jsd), "invalid": np.mean(invalid), "ece": ece}
@@ -511,21 +555,25 @@ def worst(rows, index, found, most=50):
     for k in chosen:
         liked, disliked = rows.before(index[k])
         lines.append({"user": rows.data.users[rows.user[index[k]]], "title": rows.lines[rows.item[index[k]]],
-                      "liked": liked, "disliked": disliked, "truth": "like" if rows.label[index[k]] else "dislike",
-                      "asked": {question: f"{word(x[k])} {x[k]:.3f}" for question, x in zip(FLIPS[rows.args.flip], (p, n))}})
+                      "liked": liked, "disliked": disliked,
+                      "truth": "like" if rows.label[index[k]] else "dislike",
+                      "asked": {question: f"{word(x[k])} {x[k]:.3f}"
+                                for question, x in zip(FLIPS[rows.args.flip], (p, n))}})
     return lines
 
 
-# 8 ---------------------------------------------------------------------------------------------------- train
+# 8 ------------------------------------------------------------------------------------------ train
 def train_mf(args, run, host):
     """MF on the training rows, BCE, the best epoch by validation AUC. Returns what was reached."""
     rows, model = host.rows, host.mf
     optimizer = torch.optim.Adam(model.parameters(), lr=args.mf_lr, weight_decay=1e-4)
-    tensor = lambda index: [torch.as_tensor(x[index], device=host.device) for x in (rows.user, rows.item, rows.label)]
+    tensor = lambda index: [torch.as_tensor(x[index], device=host.device)
+                            for x in (rows.user, rows.item, rows.label)]
     auc = lambda index: metrics.auc(rows.label[index], model(*tensor(index)[:2]).detach().cpu().numpy())
     best, kept, waited = -1.0, None, 0
     for epoch in progress(range(args.mf_epochs), "matrix factorisation"):
-        for part in np.array_split(np.random.default_rng([args.seed, 41, epoch]).permutation(rows.train), max(1, len(rows.train) // 1024)):
+        for part in np.array_split(np.random.default_rng([args.seed, 41, epoch]).permutation(rows.train),
+                                   max(1, len(rows.train) // 1024)):
             users, items, label = tensor(part)
             loss = F.binary_cross_entropy_with_logits(model(users, items), label.float())
             optimizer.zero_grad()
@@ -552,12 +600,14 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
     rows, done, best, waited, kept = host.rows, 0, -1.0, 0, state()
     if (saved := run.begin(name)) is not None:
         tensors, earlier = saved
-        done, best, waited, kept = earlier["step"], earlier["best"], earlier["waited"], strip(tensors, "best/")
+        done, best, waited, kept = (earlier["step"], earlier["best"], earlier["waited"],
+                                    strip(tensors, "best/"))
         restore(strip(tensors, "now/"))
         run.load_optimizer(optimizer, tensors)
     valid = np.sort(np.random.default_rng([args.seed, 3]).permutation(rows.valid)[:args.eval_rows])
     if not 0 < rows.label[valid].mean() < 1:
-        raise UserError(f"--eval-rows {args.eval_rows}: these validation rows are all likes or all dislikes; raise it")
+        raise UserError(f"--eval-rows {args.eval_rows}: these validation rows are all likes or all dislikes; "
+                        "raise it")
     size, totals = min(args.batch, len(rows.train)), []
     at_once = args.micro_batch or (16 if host.device.type == "cuda" else 64)
     per_epoch = len(rows.train) // size
@@ -578,9 +628,11 @@ def stage(args, run, host, name, module, lr, kl, vectors=False):
             parts.append({k: v.detach().sum() for k, v in stats.items()})
         norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / max(args.warmup, 1), 1.0, (args.steps - step) / max(args.steps - args.warmup, 1))
+            group["lr"] = lr * min((step + 1) / max(args.warmup, 1), 1.0,
+                                   (args.steps - step) / max(args.steps - args.warmup, 1))
         optimizer.step()
-        totals.append({k: float(sum(p[k] for p in parts)) / size for k in parts[0]} | {"grad_norm": float(norm)})
+        totals.append({k: float(sum(p[k] for p in parts)) / size for k in parts[0]}
+                      | {"grad_norm": float(norm)})
         if done % args.eval_every == 0 or done == args.steps:
             now, _ = evaluate(host, valid, vectors)
             means = {k: float(np.mean([t[k] for t in totals])) for k in totals[0]}
@@ -607,14 +659,17 @@ def train(args):
         return run.result(run.done("result"))
     host = Host(args, device, rows)
     adapter = lora.parameters(host.model)
-    run.header(device=str(device), backbone=f"{args.backbone}: {sum(p.numel() for p in host.model.parameters()):,} parameters, "
-               f"{sum(p.numel() for p in adapter):,} trainable",
-               data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, {len(rows.data.items):,} items",
+    run.header(device=str(device),
+               backbone=f"{args.backbone}: {sum(p.numel() for p in host.model.parameters()):,} parameters, "
+                        f"{sum(p.numel() for p in adapter):,} trainable",
+               data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
+                    f"{len(rows.data.items):,} items",
                rows=f"train / valid / test {rows.sizes()}, likes {rows.label[rows.train].mean():.2f} / "
-               f"{rows.label[rows.valid].mean():.2f} / {rows.label[rows.test].mean():.2f}",
+                    f"{rows.label[rows.valid].mean():.2f} / {rows.label[rows.test].mean():.2f}",
                answers=", ".join(f"{w} = token {i}" for w, i in zip(args.answers, host.ids)))
-    collm, result = args.host == "collm", {"script": "lcft", "data": rows.data.name, "backbone": args.backbone, "host": args.host,
-                                           "kl": args.kl, "bound": args.bound, "neg_ce": args.neg_ce, "seed": args.seed}
+    collm, result = args.host == "collm", {
+        "script": "lcft", "data": rows.data.name, "backbone": args.backbone, "host": args.host,
+        "kl": args.kl, "bound": args.bound, "neg_ce": args.neg_ce, "seed": args.seed}
     if collm:
         if not run.done("mf"):
             run.finish("mf", train_mf(args, run, host))
@@ -624,7 +679,8 @@ def train(args):
     lr = llm.suited(args.lr, args.backbone, 2e-3, 1e-4)
     part = (lambda: lora.state(host.model), lambda t: lora.load_state(host.model, t), adapter)
     if not run.done("lora"):
-        record = stage(args, run, host, "lora", part, lr, args.kl if args.kl_stages != "map" or not collm else "off")
+        record = stage(args, run, host, "lora", part, lr,
+                       args.kl if args.kl_stages != "map" or not collm else "off")
         lora.save(host.model, run.folder / "adapter", args.backbone)
         run.finish("lora", record)
     lora.load_state(host.model, strip(run.load("lora")[0], "best/"))
@@ -635,7 +691,8 @@ def train(args):
         copy = lambda: {k: v.detach().clone() for k, v in host.mapping.state_dict().items()}
         part = (copy, host.mapping.load_state_dict, list(host.mapping.parameters()))
         if not run.done("map"):
-            run.finish("map", stage(args, run, host, "map", part, args.map_lr, args.kl if args.kl_stages != "lora" else "off", True))
+            run.finish("map", stage(args, run, host, "map", part, args.map_lr,
+                                    args.kl if args.kl_stages != "lora" else "off", True))
         host.mapping.load_state_dict(strip(run.load("map")[0], "best/"))
         result["map"] = run.done("map")
     result["valid"], _ = evaluate(host, rows.valid, collm, "evaluate valid")
@@ -650,13 +707,16 @@ def show(result):
     """Print the test figures beside their baselines."""
     t = result["test"]
     print(f"\n{t['n']} test rows, {t['positives']:.0%} likes, host {result['host']}, --kl {result['kl']}")
-    for name, key in (("AUC", "auc"), ("UAUC (users)", "uauc_user"), ("UAUC (impressions)", "uauc_impressions"), ("log-loss", "log_loss"),
-                      ("same answer to both questions", "contradiction"), ("|P+(Yes) + P-(Yes) - 1|", "soft_inconsistency"),
-                      ("both answers right", "joint_accuracy"), ("calibration error (ECE)", "ece"), ("neither Yes nor No", "invalid")):
+    for name, key in (("AUC", "auc"), ("UAUC (users)", "uauc_user"),
+                      ("UAUC (impressions)", "uauc_impressions"), ("log-loss", "log_loss"),
+                      ("same answer to both questions", "contradiction"),
+                      ("|P+(Yes) + P-(Yes) - 1|", "soft_inconsistency"),
+                      ("both answers right", "joint_accuracy"), ("calibration error (ECE)", "ece"),
+                      ("neither Yes nor No", "invalid")):
         print(f"  {name:30} {np.nan if t[key] is None else t[key]:.4f}")
 
 
-# 9 ---------------------------------------------------------------------------------------------------- compare
+# 9 ------------------------------------------------------------------------------------------ compare
 VARIANTS = {   # name: (what changes, the flag that is swept, its values; the validation split picks one)
     "off": ({"kl": "off", "neg_ce": 0.0}, "lam", (0.0,)),
     "official": ({"kl": "official", "neg_ce": 0.0}, "lam", (1e-4, 1e-2)),
@@ -665,7 +725,8 @@ VARIANTS = {   # name: (what changes, the flag that is swept, its values; the va
     "hinge": ({"kl": "bounded", "bound": "hinge", "neg_ce": 0.0}, "lam", (0.3, 1.0, 3.0)),
     "neg-ce": ({"kl": "off"}, "neg_ce", (0.3, 1.0)),
 }
-COLUMNS = {"AUC": "auc", "contradiction": "contradiction", "soft inc.": "soft_inconsistency", "joint acc.": "joint_accuracy", "ECE": "ece"}
+COLUMNS = {"AUC": "auc", "contradiction": "contradiction", "soft inc.": "soft_inconsistency",
+           "joint acc.": "joint_accuracy", "ECE": "ece"}
 
 
 def chosen_variants(variants):
@@ -673,7 +734,8 @@ def chosen_variants(variants):
     found = {}
     for name, _, value in (v.partition(":") for v in variants or VARIANTS):
         if name not in VARIANTS or value and (name == "off" or not re.fullmatch(r"\d+\.?\d*(e-?\d+)?", value)):
-            raise ValueError(f"--variants {name}{value and ':' + value}: NAME or NAME:VALUE, NAME among {', '.join(VARIANTS)}; off has no value")
+            raise ValueError(f"--variants {name}{value and ':' + value}: NAME or NAME:VALUE, "
+                             f"NAME among {', '.join(VARIANTS)}; off has no value")
         found.setdefault(name, []).extend([float(value)] if value else VARIANTS[name][2])
     if "off" not in found:
         raise ValueError("--variants needs off among them: the others are measured against it")
@@ -681,16 +743,18 @@ def chosen_variants(variants):
 
 
 def choose(reports, floor):
-    """The swept value with the fewest contradictions on validation among those whose AUC is at least `floor`, else the
-    one with the best AUC. reports: {value: list over seeds of RESULT records}."""
+    """The swept value with the fewest contradictions on validation among those whose AUC is at least `floor`,
+    else the one with the best AUC. reports: {value: list over seeds of RESULT records}."""
     mean = lambda value, key: np.mean([r["valid"][key] for r in reports[value]])
     good = [v for v in reports if mean(v, "auc") >= floor]
-    return min(good, key=lambda v: mean(v, "contradiction")) if good else max(reports, key=lambda v: mean(v, "auc"))
+    return (min(good, key=lambda v: mean(v, "contradiction")) if good
+            else max(reports, key=lambda v: mean(v, "auc")))
 
 
 def ablations(args):
-    """Every objective, swept value and seed, one run folder each; one table on test, the sweep on validation, and (with
-    matplotlib) ece.png: calibration error against λ. The same command again goes on where it stopped."""
+    """Every objective, swept value and seed, one run folder each; one table on test, the sweep on validation,
+    and (with matplotlib) ece.png: calibration error against λ. The same command again goes on where it
+    stopped."""
     root = folder_of(args, "lcft", "ablations")
     found = {name: {value: [] for value in values} for name, values in chosen_variants(args.variants).items()}
     folders = []
@@ -705,7 +769,8 @@ def ablations(args):
     floor = np.mean([r["valid"]["auc"] for r in found["off"][0.0]]) - 0.005
     columns = lambda split: {name: lambda r, key=key: r[split][key] for name, key in COLUMNS.items()}
     print(f"\nvalidation, mean ± std over {len(found['off'][0.0])} seeds")
-    summarise({f"{name} {v:g}": by_value[v] for name, by_value in found.items() for v in by_value}, columns("valid"))
+    summarise({f"{name} {v:g}": by_value[v] for name, by_value in found.items() for v in by_value},
+              columns("valid"))
     print("\ntest, at the value that validation chose (fewest contradictions with AUC ≥ off - 0.005)")
     chosen = {name: choose(by_value, floor) for name, by_value in found.items()}
     table = summarise({f"{name} {v:g}": found[name][v] for name, v in chosen.items()}, columns("test"))
@@ -714,7 +779,8 @@ def ablations(args):
 
 
 def plot(found, path):
-    """ECE on validation against λ, one line per objective. Without matplotlib the table above has the same numbers."""
+    """ECE on validation against λ, one line per objective. Without matplotlib the table above has the same
+    numbers."""
     if (plt := pyplot()) is None:
         return
     figure, axis = plt.subplots(figsize=(6, 4))
@@ -725,7 +791,8 @@ def plot(found, path):
             axis.axhline(mean[0], color="grey", linestyle=":", label="off")
         else:
             axis.errorbar(values, mean, yerr=np.nan_to_num(std), marker="o", capsize=3, label=name)
-    axis.set(xscale="log", xlabel="λ (neg-ce: its weight)", ylabel="calibration error on validation", title="Calibration against λ")
+    axis.set(xscale="log", xlabel="λ (neg-ce: its weight)", ylabel="calibration error on validation",
+             title="Calibration against λ")
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -1,11 +1,11 @@
 """S-LLMR: LLM scores regularise a click model, where a gate says that they help (arXiv 2512.21526).
 
-An LLM reads a user's history once, offline, and scores some items. While the click model trains, pairs of these items are
-asked to keep the LLM's order, by a hinge, weighted by a gate that looks at three things: is the user cold, is the item in
-the tail, is the model unsure. When the model is served there is no LLM.
+An LLM reads a user's history once, offline, and scores some items. While the click model trains, pairs of these
+items are asked to keep the LLM's order, by a hinge, weighted by a gate that looks at three things: is the user
+cold, is the item in the tail, is the model unsure. When the model is served there is no LLM.
 
-  1 score     offline: (user, item) -> score in [0, 1], appended to scores.jsonl; --tune-steps teaches a small LLM the question first,
-              --scorer encoder compares texts instead of asking
+  1 score     offline: (user, item) -> score in [0, 1], appended to scores.jsonl; --tune-steps teaches a small
+              LLM the question first, --scorer encoder compares texts instead of asking
   2 train     L = L_rec + lambda L_LLM: rows 1:1 with sampled negatives, and users from a second sampler
   3 judge     AUC on 1:1 rows (the paper's) and on the full ranking; overall, cold, tail, dense
 
@@ -26,52 +26,59 @@ CHECKED BY, in tests/
   [5] test_uncertainty_is_between_0_and_1_largest_at_a_half_finite_anywhere_and_without_gradient
 
 DEVIATIONS AND CHOICES
-  - The gate as published can only fall: dL/dalpha is a hinge, never negative, so descent lowers w and b wherever model and
-    LLM disagree, and nothing raises them. Hence --gate:
+  - The gate as published can only fall: dL/dalpha is a hinge, never negative, so descent lowers w and b
+    wherever model and LLM disagree, and nothing raises them. Hence --gate:
       paper       as published
-      normalised  divides by the sum of alpha: weights compete, and rise where the LLM is easier to follow than on average
+      normalised  divides by the sum of alpha: weights compete, and rise where the LLM is easier to follow than
+                  on average
       budget      mean loss, and a penalty that keeps the mean of alpha near --budget
-      agreement   (default, ours) sets a share of each user's scored items aside. alpha_uij learns, by cross-entropy, how
-                  likely the model (under dropout) orders a pair of these as the LLM does. The other pairs weigh
-                  max(0, 2 alpha_uij - 1), nothing where the LLM is no better than a coin; the loss is their weighted mean
+      agreement   (default, ours) sets a share of each user's scored items aside. alpha_uij learns, by
+                  cross-entropy, how likely the model (under dropout) orders a pair of these as the LLM does.
+                  The other pairs weigh max(0, 2 alpha_uij - 1), nothing where the LLM is no better than a coin;
+                  the loss is their weighted mean
       fixed       stays at --gate-init
       ones        no gate, the paper's "global"
       truth       with --scorer oracle: a pair of two right scores weighs 1, of one 1/2, of none 0
     normalised and budget judge by pairs that the model is trained to follow, and a model can follow noise.
-  - --gate-init: at first cold users, tail items and unsure predictions are trusted more. The row "no prior" starts from zeros.
+  - --gate-init: at first cold users, tail items and unsure predictions are trusted more. The row "no prior"
+    starts from zeros.
   - q is detached: else the model could lower the loss by being sure.
   - The sum over pairs is --reduction sum; by default their mean, so that lambda does not depend on K.
   - Not given, so flags: m (margin), K (pairs), M (candidates), N (pool).
   - Pairs of one user hardly occur in a random batch of 128, so a second sampler draws users that have LLM scores.
-  - The K largest gaps among these users (--pick largest, the literal reading) are mostly those of the users with the most scores,
-    and never those in the middle of a ranking. --pick sample takes of each user as many pairs, at random.
-  - Cold is |H| <= 3 in the paper's Table 1, by row, H what precedes it, and < 3 in its text, by user; by what precedes a test
-    row nobody is cold in these data. Here H is the user's training targets; both cuts are reported (cold, very cold). Tail is
-    the last fifth of the items by training popularity (a tenth where the LLM gets extra items).
-  - The paper's models read brand and category of Amazon's items. Where a data set comes without, --brand takes the first word
-    of the title, which is where shops put the brand.
+  - The K largest gaps among these users (--pick largest, the literal reading) are mostly those of the users
+    with the most scores, and never those in the middle of a ranking. --pick sample takes of each user as many
+    pairs, at random.
+  - Cold is |H| <= 3 in the paper's Table 1, by row, H what precedes it, and < 3 in its text, by user; by what
+    precedes a test row nobody is cold in these data. Here H is the user's training targets; both cuts are
+    reported (cold, very cold). Tail is the last fifth of the items by training popularity (a tenth where the
+    LLM gets extra items).
+  - The paper's models read brand and category of Amazon's items. Where a data set comes without, --brand takes
+    the first word of the title, which is where shops put the brand.
   - The paper says full ranking; its figures are those of 1:1 rows. Both are reported.
-  - KD (--llm-loss kd) is BCE against the LLM's score as a soft label, on what was scored (the paper's KD: of a fine-tuned LLM,
-    on the rows), pointwise is the paper's MSE; both use the same scores as the gates. KAR (kar) gives the model vectors of the
-    item's text and of the past items' texts as inputs, from --backbone as it is, whatever the scores come from.
-  - A training negative is an item that the user did not choose in training, and may be a held-out one: were these spared, no
-    user would ever be pushed away from them. A negative to judge by is one that the user never chose.
-  - The negatives of the paper's 1:1 rows are drawn once, and a model learns them by heart: --redraw draws new ones in each
-    epoch, which makes the models better.
+  - KD (--llm-loss kd) is BCE against the LLM's score as a soft label, on what was scored (the paper's KD: of a
+    fine-tuned LLM, on the rows), pointwise is the paper's MSE; both use the same scores as the gates. KAR (kar)
+    gives the model vectors of the item's text and of the past items' texts as inputs, from --backbone as it is,
+    whatever the scores come from.
+  - A training negative is an item that the user did not choose in training, and may be a held-out one: were
+    these spared, no user would ever be pushed away from them. A negative to judge by is one that the user never
+    chose.
+  - The negatives of the paper's 1:1 rows are drawn once, and a model learns them by heart: --redraw draws new
+    ones in each epoch, which makes the models better.
   - A score that the LLM leaves out is unknown and makes no pair; the paper sets it to 0.5.
-  - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts; of an item's categories
-    the first eight.
+  - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts; of an
+    item's categories the first eight.
 
   python sllmr.py --data toy:3000x400x45000 --cold-users 0.3                # scores from the toy's truth
   python sllmr.py --data amazon-beauty --backbone Qwen/Qwen2.5-3B            # on a GPU
   python sllmr.py --data ml1m --users 1000 --tune-steps 300                 # scores from the bundled LLM
-  python sllmr.py --data amazon-beauty --brand --scorer encoder              # pip install wordllama: no LLM runs at all
+  python sllmr.py --data amazon-beauty --brand --scorer encoder   # pip install wordllama: no LLM runs at all
   OPENAI_API_KEY=... python sllmr.py --data ml1m --scorer api --api-model gpt-4o-mini --dry-run
   python sllmr.py --data ml1m --scores runs/a/scores.jsonl --gate paper --run runs/b   # another gate, the same scores
   python sllmr.py --ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3
 """
 
-# 1 ---------------------------------------------------------------------------------------------------- imports
+# 1 ------------------------------------------------------------------------------------------ imports
 import concurrent.futures
 import http.client
 import json
@@ -92,34 +99,39 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import (Run, UserError, at_least, differences, folder_of, main, prefix, progress, pyplot, strip, summarise,
-                        variant, write_atomically, write_table)
+from common.run import (Run, UserError, at_least, differences, folder_of, main, prefix, progress, pyplot,
+                        strip, summarise, variant, write_atomically, write_table)
 from common.sequences import Logs, category_table
 
 
-# 2 ---------------------------------------------------------------------------------------------------- arguments
+# 2 ------------------------------------------------------------------------------------------ arguments
 @dataclass
 class Args:
     # -- run
-    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-..., or a folder of your own logs
+    data: str = "toy"  # toy (or toy:USERSxITEMSxINTERACTIONS), ml1m, ml100k, ml-latest-small, amazon-...,
+    # or a folder of your own logs
     data_dir: str | None = None  # a folder that already holds the data sets (else LLMREC_DATA, else download)
     max_bad_rows: int = 0  # broken rows to skip before giving up
     run: str | None = None  # run folder (default: runs/sllmr-DATA-BACKBONE-sSEED)
     resume: bool = False  # continue where the run folder stopped
-    overwrite: bool = False  # remove an earlier run in that folder first, with its LLM scores (to keep them: --scores OLD/scores.jsonl and a new --run)
+    overwrite: bool = False  # remove an earlier run in that folder first, with its LLM scores
+    # (to keep them: --scores OLD/scores.jsonl and a new --run)
     seed: int = 0  # of sampling, initialisation and training
     device: str = "auto"  # auto (CUDA if there is one, else CPU), cpu, cuda, mps
     ablations: bool = False  # run every method of VARIANTS and print one table
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all)
     lams: tuple[float, ...] = (0.1, 0.3)  # with --ablations: the λ among which validation chooses
-    recommenders: tuple[str, ...] = ()  # with --ablations: the click models to compare (default: --recommender alone)
+    recommenders: tuple[str, ...] = ()  # with --ablations: the click models to compare
+    # (default: --recommender alone)
     # -- data
     min_rating: float = 0.0  # interactions rated lower are dropped; 0 keeps all
     users: int | None = None  # keep a random sample of so many users
-    cold_users: float = 0.0  # keep only the last 5 or 6 choices of this share of the users, which makes them cold
+    cold_users: float = 0.0  # keep only the last 5 or 6 choices of this share of the users,
+    # which makes them cold
     cold: int = 3  # τ_u: a cold user has at most so many training targets
-    brand: bool = False  # the first word of an item's title is one more category of it: shops name the brand first
+    brand: bool = False  # the first word of an item's title is one more category of it:
+    # shops name the brand first
     tail: float = 0.2  # τ_i: this share of the items, the least chosen in training, is the tail
     # -- model
     recommender: Literal["deepfm", "xdeepfm", "autoint", "dcn", "dcnv2", "din"] = "dcnv2"  # the click model
@@ -128,19 +140,25 @@ class Args:
     mlp: tuple[int, ...] = (200, 80)  # hidden layers
     dropout: float = 0.1  # in the MLP
     # -- LLM scores
-    scorer: Literal["auto", "oracle", "file", "backbone", "encoder", "api"] = "auto"  # oracle: the toy world's truth | file: --scores | backbone: a causal LM |
-    # encoder: wordllama | api: an endpoint; auto: file with --scores, else oracle on toy data, else backbone
+    scorer: Literal["auto", "oracle", "file", "backbone",  # oracle: the toy world's truth | file: --scores |
+                    "encoder", "api"] = "auto"
+    # backbone: a causal LM | encoder: wordllama | api: an endpoint;
+    # auto: file with --scores, else oracle on toy data, else backbone
     scores: str | None = None  # a file of scores: JSON lines {"user": , "item": , "score": 0..1}
     backbone: str = "tiny"  # any Hugging Face causal LM by name or folder; tiny is bundled
     dtype: str = "auto"  # of the backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     prompt_history: int = 10  # L: titles in a prompt, or that the encoder compares with
-    candidates: int = 20  # M: popular items scored per user; cold users get M more of all, and everybody some of --extra
+    candidates: int = 20  # M: popular items scored per user; cold users get M more of all,
+    # and everybody some of --extra
     pool: int = 200  # N: the most chosen items, of which the M are drawn
-    extra: float = 0.1  # share of the items, the least chosen, each scored for M / N of the users (of a large catalogue most of the prompt: lower it)
+    extra: float = 0.1  # share of the items, the least chosen, each scored for M / N of the users
+    # (of a large catalogue most of the prompt: lower it)
     scored_users: int = 0  # users to score (0: all)
-    tune_steps: int = 0  # first fine-tune the backbone (LoRA) on so many batches of training choices; 0: ask it as it is
+    tune_steps: int = 0  # first fine-tune the backbone (LoRA) on so many batches of training choices;
+    # 0: ask it as it is
     tune_lr: float | None = None  # learning rate of --tune-steps (default 1e-4; 2e-3 for tiny)
-    oracle: tuple[float, ...] = (0.0, 1.0, 1.0, 1.0)  # toy: share of true scores among (warm, head), (warm, tail), (cold, head), (cold, tail) pairs; the rest is noise
+    oracle: tuple[float, ...] = (0.0, 1.0, 1.0, 1.0)  # toy: share of true scores among
+    # (warm, head), (warm, tail), (cold, head), (cold, tail) pairs; the rest is noise
     # -- endpoint (with --scorer api; the key is read from OPENAI_API_KEY)
     api_base: str = "https://api.openai.com/v1"  # any OpenAI-compatible endpoint
     api_model: str = "gpt-4o-mini"  # its model
@@ -152,20 +170,24 @@ class Args:
     dry_run: bool = False  # with --scorer api: print the first prompt, the tokens and the price, then stop
     # -- method
     llm_loss: Literal["pairwise", "pointwise", "kd", "kar", "none"] = "pairwise"  # how the scores are used
-    gate: Literal["paper", "agreement", "normalised", "budget", "fixed", "ones", "truth"] = "agreement"  # agreement: learns where model and LLM agree |
-    # paper: as published | normalised: weights compete | budget: mean α near --budget | fixed: stays as it starts | ones: no gate | truth: toy, knows where scores are right
+    gate: Literal["paper", "agreement", "normalised",  # agreement: learns where model and LLM agree |
+                  "budget", "fixed", "ones", "truth"] = "agreement"
+    # paper: as published | normalised: weights compete | budget: mean α near --budget |
+    # fixed: stays as it starts | ones: no gate | truth: toy, knows where scores are right
     gate_init: tuple[float, ...] = (1.0, 1.0, 1.0, -1.0)  # w for cold, tail, unsure; b
     gate_lr: float = 1e-2  # learning rate of the gate's four numbers
     uncertainty: Literal["maxprob", "entropy", "dropout"] = "maxprob"  # how q is measured
     lam: float = 0.1  # λ, weight of the LLM's loss
     margin: float = 1.0  # m of the hinge, on logits
     pairs: int = 256  # K: pairs per step
-    pick: Literal["largest", "sample"] = "largest"  # the K largest gaps of all, or K / --pair-users random pairs of each user
+    pick: Literal["largest", "sample"] = "largest"  # the K largest gaps of all,
+    # or K / --pair-users random pairs of each user
     reduction: Literal["mean", "sum"] = "mean"  # over pairs
     pair_users: int = 16  # users per step of the second sampler
     budget: float = 0.3  # ρ: with --gate budget, the mean of α
     budget_weight: float = 10.0  # η: of the penalty η (mean α - ρ)²
-    gate_share: float = 0.25  # with --gate agreement: the share of scored items that the gate learns from, and the loss does not
+    gate_share: float = 0.25  # with --gate agreement: the share of scored items that the gate learns from,
+    # and the loss does not
     # -- optimisation
     lr: float = 1e-3  # learning rate
     weight_decay: float = 0.0  # L2, added to the gradient as Adam has it
@@ -176,8 +198,8 @@ class Args:
     rank_users: int = 500  # users of the full ranking
 
     def check(self):
-        if not 0 <= self.cold_users < 1 or not 0 < self.tail < 1 or not 0 <= self.extra < 1 or not 0 <= self.dropout < 1 \
-                or not 0 < self.gate_share < 1:
+        if (not 0 <= self.cold_users < 1 or not 0 < self.tail < 1 or not 0 <= self.extra < 1
+                or not 0 <= self.dropout < 1 or not 0 < self.gate_share < 1):
             raise ValueError("--cold-users, --tail, --extra, --gate-share and --dropout are shares, below 1")
         if len(self.oracle) != 4 or not all(0 <= share <= 1 for share in self.oracle):
             raise ValueError("--oracle takes four shares: warm head, warm tail, cold head, cold tail")
@@ -187,7 +209,8 @@ class Args:
         if "autoint" in (self.recommender, *self.recommenders) and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
         if self.ablations and (self.llm_loss, self.gate, self.lam) != (Args.llm_loss, Args.gate, Args.lam):
-            raise ValueError("--ablations sets --llm-loss, --gate and --lam itself; leave them out (--variants and --lams choose)")
+            raise ValueError("--ablations sets --llm-loss, --gate and --lam itself; leave them out "
+                             "(--variants and --lams choose)")
         if not self.lams or not self.mlp:
             raise ValueError("--lams and --mlp take numbers")
         if unknown := set(self.variants) - set(VARIANTS):
@@ -201,24 +224,29 @@ class Args:
         if self.scorer == "file" and not self.scores:
             raise ValueError("--scorer file needs --scores FILE")
         if self.scores and self.scorer not in ("auto", "file"):
-            raise ValueError(f"--scores is a file of scores, and --scorer {self.scorer} makes its own; leave one of them out")
+            raise ValueError(f"--scores is a file of scores, and --scorer {self.scorer} makes its own; "
+                             "leave one of them out")
         if self.gate == "normalised" and self.reduction == "sum":
             raise ValueError("--gate normalised is a mean by itself; leave --reduction sum out")
-        at_least(self, 1, "dim mlp max_history prompt_history candidates pool pairs pair_users batch epochs patience rank_users api_parallel api_tries")
-        at_least(self, 0, "lam lams margin gate_lr weight_decay scored_users tune_steps api_pause api_price budget budget_weight cold")
+        at_least(self, 1, "dim mlp max_history prompt_history candidates pool pairs pair_users batch epochs "
+                          "patience rank_users api_parallel api_tries")
+        at_least(self, 0, "lam lams margin gate_lr weight_decay scored_users tune_steps api_pause api_price "
+                          "budget budget_weight cold")
         if not self.api_base.startswith(("http://", "https://")):
             raise ValueError("--api-base must begin with http:// or https://")
 
 
-# 3 ---------------------------------------------------------------------------------------------------- rows
+# 3 ------------------------------------------------------------------------------------------ rows
 class Rows:
-    """Who is asked about what: training targets with one negative each, held-out targets likewise, and which are cold or tail.
+    """Who is asked about what: training targets with one negative each, held-out targets likewise, and which
+    are cold or tail.
 
     A user's first choice has no history and is no target; the last is test, the one before validation.
     """
 
     def __init__(self, args, device):
-        data = datasets.min_rating(datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed), args.min_rating)
+        data = datasets.min_rating(datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed),
+                                   args.min_rating)
         if args.users:
             data = datasets.sample_users(data, args.users, args.seed)
         if args.cold_users:
@@ -228,13 +256,14 @@ class Rows:
         asked = logs.targets(args.data)
         targets = np.maximum(logs.n_train - 1, 0)
         count = logs.item_counts()
-        self.cold = targets <= args.cold                                                      # (n_users,)
+        self.cold = targets <= args.cold                                                  # (n_users,)
         self.very_cold = targets < args.cold
-        self.rank = np.argsort(np.argsort(-count, kind="stable"), kind="stable")              # 0 = most chosen
-        self.tail = self.rank >= n - int(args.tail * n)                                       # (n_items,)
-        brands = [[title.lower().split()[0].strip(",;:") + " (brand)"] if args.brand else [] for title in data.titles]
+        self.rank = np.argsort(np.argsort(-count, kind="stable"), kind="stable")          # 0 = most chosen
+        self.tail = self.rank >= n - int(args.tail * n)                                   # (n_items,)
+        brands = [[title.lower().split()[0].strip(",;:") + " (brand)"] if args.brand else []
+                  for title in data.titles]
         self.categories = category_table([[*c[:8], *brand] for c, brand in zip(data.categories, brands)])
-        seen = {"train": logs.train_keys()}                                                   # see DEVIATIONS
+        seen = {"train": logs.train_keys()}                                               # see DEVIATIONS
         self.train, self.valid, self.test = (
             self.table(*pairs, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen.get(name))
             for name, pairs in zip(("train", "valid", "test"), asked))
@@ -242,11 +271,14 @@ class Rows:
     def table(self, users, place, seed, seen):
         """(4, n) user, place, target, negative: each column stands for two rows. seen: see datasets.negatives."""
         negative = datasets.negatives(self.data, users, 1, seed, seen)[:, 0]
-        return torch.as_tensor(np.stack([users, place, self.logs.item_at(users, place), negative]).astype(np.int64), device=self.device)
+        return torch.as_tensor(
+            np.stack([users, place, self.logs.item_at(users, place), negative]).astype(np.int64),
+            device=self.device)
 
     def redraw(self, epoch):
         """New training negatives, a function of (seed, epoch)."""
-        users, seed = self.train[0].cpu().numpy(), cuda.key_seed(self.args.seed, "train negatives", epoch) % 2**31
+        users, seed = (self.train[0].cpu().numpy(),
+                       cuda.key_seed(self.args.seed, "train negatives", epoch) % 2**31)
         negative = datasets.negatives(self.data, users, 1, seed, self.logs.train_keys())
         self.train[3] = torch.as_tensor(negative[:, 0].astype(np.int64), device=self.device)
 
@@ -263,7 +295,7 @@ def starve(data, share, seed):
     return datasets.keep(data, after < left[data.user], f"cold-users {share} {seed}")
 
 
-# 4 ---------------------------------------------------------------------------------------------------- prompts
+# 4 ------------------------------------------------------------------------------------------ prompts
 # What all candidates of a user have in common comes first: it runs through the model once.
 READ = """The user chose these titles, oldest first:
 {history}
@@ -279,10 +311,11 @@ How likely is it that this user likes each of these titles?
 Answer with JSON only: {{"scores": [{{"id": 1, "score": 0.7}}, ...]}}, one entry for every id, scores between 0 and 1."""
 
 
-# 5 ---------------------------------------------------------------------------------------------------- LLM scores
+# 5 ------------------------------------------------------------------------------------------ LLM scores
 def candidates(rows):
-    """{user: items to score}: M of the N most chosen items; for cold users M diverse ones of the whole catalogue as well; and
-    each of the least chosen items goes to some users. Nothing that the user had in training."""
+    """{user: items to score}: M of the N most chosen items; for cold users M diverse ones of the whole
+    catalogue as well; and each of the least chosen items goes to some users. Nothing that the user had in
+    training."""
     args, logs, n = rows.args, rows.logs, len(rows.data.items)
     rng = np.random.default_rng([args.seed, 59])
     users = np.flatnonzero(logs.n_train > 0)
@@ -293,16 +326,18 @@ def candidates(rows):
     for u in users[rows.cold[users]]:
         chosen[int(u)] += list(rng.choice(n, min(args.candidates, n), replace=False))
     rare = np.flatnonzero(rows.rank >= n - int(args.extra * n))
-    for u in users if len(rare) else ():                         # a rare item goes to as many users as one of the pool, M / N of them
-        chosen[int(u)] += list(rng.choice(rare, rng.binomial(len(rare), min(1.0, args.candidates / len(pool))), replace=False))
+    # a rare item goes to as many users as one of the pool, M / N of them
+    for u in users if len(rare) else ():
+        chosen[int(u)] += list(rng.choice(
+            rare, rng.binomial(len(rare), min(1.0, args.candidates / len(pool))), replace=False))
     had = lambda u: set(logs.sequence(u)[:logs.n_train[u]].tolist())
     wanted = {u: sorted(set(map(int, items)) - had(u)) for u, items in chosen.items()}
     return {u: items for u, items in wanted.items() if items}
 
 
 def oracle(rows, wanted):
-    """Scores from the toy world's truth, an item's place in the order of what the user would choose next; noise outside the
-    cells that --oracle calls reliable."""
+    """Scores from the toy world's truth, an item's place in the order of what the user would choose next; noise
+    outside the cells that --oracle calls reliable."""
     world, args = rows.data.world, rows.args
     if world is None:
         raise UserError("--scorer oracle: only the toy world knows the truth; take backbone, api or file")
@@ -322,12 +357,14 @@ def reliable(args, cold, tail):
 
 
 def by_backbone(rows, wanted, batch=8):
-    """sigmoid(logit Yes - logit No) of a causal LM. A user's history runs through the model once, then all candidates."""
+    """sigmoid(logit Yes - logit No) of a causal LM. A user's history runs through the model once, then all
+    candidates."""
     args = rows.args
     model, tokenizer = llm.load(args.backbone, rows.device, cuda.pick_dtype(args.dtype, rows.device))
     yes, no = (llm.single_token(tokenizer, word) for word in ("Yes", "No"))
     if yes is None or no is None:
-        raise UserError(f"--backbone {args.backbone}: Yes and No are not one token each; take another or --scorer file")
+        raise UserError(f"--backbone {args.backbone}: Yes and No are not one token each; "
+                        "take another or --scorer file")
     if args.tune_steps:
         tune(rows, model, tokenizer, yes, no)
     users = list(wanted)
@@ -339,23 +376,28 @@ def by_backbone(rows, wanted, batch=8):
 
 
 def ask(rows, u, items, before=None):
-    """A prompt per item, (history, the item's question), with what user u chose in training, or before that position."""
-    read = READ.format(history=history_lines(rows.logs.history(u, rows.logs.n_train[u] if before is None else before)))
+    """A prompt per item, (history, the item's question), with what user u chose in training, or before that
+    position."""
+    read = READ.format(history=history_lines(
+        rows.logs.history(u, rows.logs.n_train[u] if before is None else before)))
     return [(read, ASK.format(item=rows.logs.lines[i])) for i in items]
 
 
 def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
-    """A LoRA adapter for the question that will be asked: Yes after a training choice that came next, No after its negative. No
-    held-out choice is ever a Yes; the AUC on some of validation's 1:1 rows is printed."""
+    """A LoRA adapter for the question that will be asked: Yes after a training choice that came next, No after
+    its negative. No held-out choice is ever a Yes; the AUC on some of validation's 1:1 rows is printed."""
     args, rng, train = rows.args, np.random.default_rng([rows.args.seed, 79]), rows.train.T.cpu().numpy()
     lora.inject(model, seed=args.seed)
     rate = llm.suited(args.tune_lr, args.backbone, 2e-3, 1e-4)
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=rate, weight_decay=0.0)
     for step in progress(range(args.tune_steps), "tuning", args.tune_steps):
-        prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place) for u, place, i, j in train[rng.integers(0, len(train), batch)]])
-        packed = llm.pack_tails(prefixes, [[tail + [answer] for tail, answer in zip(row, (yes, no))] for row in tails]).to(model.device)
+        prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place)
+                                            for u, place, i, j in train[rng.integers(0, len(train), batch)]])
+        packed = llm.pack_tails(prefixes, [[tail + [answer] for tail, answer in zip(row, (yes, no))]
+                                           for row in tails]).to(model.device)
         last = llm.last_slots(packed)
-        loss = llm.over_logits(model, lambda z, y: F.cross_entropy(z, y, reduction="none"), llm.packed_hidden(model, packed)[last],
+        loss = llm.over_logits(model, lambda z, y: F.cross_entropy(z, y, reduction="none"),
+                               llm.packed_hidden(model, packed)[last],
                                beside=(packed.labels[packed.valid][last],)).mean()
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 20) * (1 - step / args.tune_steps)
@@ -365,24 +407,28 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
     held = rows.valid[:, :asked].T.tolist()
     parts = [held[k:k + 8] for k in range(0, len(held), 8)]
     print(f"tuned on {args.tune_steps * batch:,} training choices")
-    print_auc([gap for part in parts for gap in score_shared(model, tokenizer, [ask(rows, u, [i, j], p) for u, p, i, j in part], yes, no)])
+    print_auc([gap for part in parts for gap in score_shared(
+        model, tokenizer, [ask(rows, u, [i, j], p) for u, p, i, j in part], yes, no)])
 
 
 def print_auc(scores):
-    """Print what the scores (2,) of some validation rows, a target and its negative, are worth without any click model."""
+    """Print what the scores (2,) of some validation rows, a target and its negative, are worth without any
+    click model."""
     s = np.stack([np.asarray(pair, dtype=np.float64) for pair in scores])
     auc = metrics.auc(np.tile([True, False], len(s)), s.flatten())
     print(f"the LLM alone has AUC {auc:.4f} on {2 * len(s)} validation rows", flush=True)
 
 
 def by_encoder(rows, wanted):
-    """How near an item's text is to the mean of the texts that the user chose last: cosine, standardised over some training
-    rows, through a sigmoid. The encoder is wordllama, an LLM's token embeddings averaged over a text: an optional package that
-    brings its weights along. What all texts have in common, their mean, is taken away first."""
+    """How near an item's text is to the mean of the texts that the user chose last: cosine, standardised over
+    some training rows, through a sigmoid. The encoder is wordllama, an LLM's token embeddings averaged over a
+    text: an optional package that brings its weights along. What all texts have in common, their mean, is taken
+    away first."""
     try:
         import wordllama
     except ImportError:
-        raise UserError("--scorer encoder: the sentence encoder is an optional package; pip install wordllama") from None
+        raise UserError("--scorer encoder: the sentence encoder is an optional package; "
+                        "pip install wordllama") from None
     encoder = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
     text = encoder.embed(rows.logs.lines, norm=True)                                          # (n_items, 256)
     text = text - text.mean(0)
@@ -399,7 +445,8 @@ def by_encoder(rows, wanted):
 
 
 def split(tokenizer, asked):
-    """Per user, prompts that begin alike -> (what they share, token ids per user; the rest of each, per user and prompt)."""
+    """Per user, prompts that begin alike -> (what they share, token ids per user; the rest of each, per user
+    and prompt)."""
     prefixes, tails = [], []
     for prompts in asked:
         ids = [llm.chat(tokenizer, read + question) for read, question in prompts]
@@ -411,7 +458,8 @@ def split(tokenizer, asked):
 
 @torch.no_grad()
 def score_shared(model, tokenizer, asked, yes, no):
-    """Per user (G prompts that begin alike) -> list of (G,) logit(Yes) - logit(No), fp32, the history computed once."""
+    """Per user (G prompts that begin alike) -> list of (G,) logit(Yes) - logit(No), fp32, the history computed
+    once."""
     prefixes, tails = split(tokenizer, asked)
     answers = llm.after_tails(model, prefixes, tails)
     gap = llm.few_logits(model, answers, [yes, no]) @ torch.tensor([1.0, -1.0], device=answers.device)
@@ -426,18 +474,20 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def call(args, key, prompt):
-    """One chat completion -> the answer's text. Raises OSError or ValueError where another try may help, UserError where not."""
+    """One chat completion -> the answer's text. Raises OSError or ValueError where another try may help,
+    UserError where not."""
     body = {"model": args.api_model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
-    request = urllib.request.Request(f"{args.api_base.rstrip('/')}/chat/completions", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
+    request = urllib.request.Request(
+        f"{args.api_base.rstrip('/')}/chat/completions", json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=args.api_timeout) as answer:
             reply = json.loads(answer.read(1 << 22))
     except urllib.error.HTTPError as problem:
         if problem.code in (408, 409, 429) or problem.code >= 500:
             raise OSError(f"status {problem.code}") from None
-        raise UserError(f"--api-base {args.api_base}: the server says {problem.code} {problem.reason}; check the address, "
-                        "--api-model and OPENAI_API_KEY") from None
+        raise UserError(f"--api-base {args.api_base}: the server says {problem.code} {problem.reason}; "
+                        "check the address, --api-model and OPENAI_API_KEY") from None
     try:
         return reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
@@ -445,18 +495,20 @@ def call(args, key, prompt):
 
 
 def parse_scores(text, n, some=False):
-    """n scores from a model's JSON, in the order of the ids. Raises ValueError unless every id from 1 to n is there once, with a
-    number in [0, 1]; with some, ids may be missing, not all of them: their score is None."""
+    """n scores from a model's JSON, in the order of the ids. Raises ValueError unless every id from 1 to n is
+    there once, with a number in [0, 1]; with some, ids may be missing, not all of them: their score is None."""
     if not isinstance(text, str):
         raise ValueError("not a text")
     start, end = text.find("{"), text.rfind("}")
-    found = json.loads(text[start:end + 1])                       # a ValueError of its own; RecursionError is one of bad JSON too
+    # bad JSON raises a ValueError of its own, or RecursionError
+    found = json.loads(text[start:end + 1])
     scores = {}
     for entry in found["scores"] if isinstance(found, dict) and isinstance(found.get("scores"), list) else ():
         if not isinstance(entry, dict):
             raise ValueError("an entry is not an object")
         k, score = entry.get("id"), entry.get("score")
-        if type(k) is not int or not 1 <= k <= n or k in scores or type(score) not in (int, float) or not 0 <= score <= 1:
+        if (type(k) is not int or not 1 <= k <= n or k in scores
+                or type(score) not in (int, float) or not 0 <= score <= 1):
             raise ValueError("an id that was not asked for, or twice, or a score outside of 0 to 1")
         scores[k] = float(score)
     if len(scores) < (1 if some else n):
@@ -465,13 +517,14 @@ def parse_scores(text, n, some=False):
 
 
 def by_api(rows, wanted):
-    """Scores from an OpenAI-compatible endpoint, in whatever order they arrive; None for what the LLM would not score in any try.
-    UserError once the server has failed for good, or nobody has got a usable answer."""
+    """Scores from an OpenAI-compatible endpoint, in whatever order they arrive; None for what the LLM would not
+    score in any try. UserError once the server has failed for good, or nobody has got a usable answer."""
     args, key = rows.args, os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
         raise UserError("--scorer api: set OPENAI_API_KEY (any word if your server wants none)")
     if not (key.isascii() and key.isprintable()):                # http.client would quote it in its error
-        raise UserError("--scorer api: OPENAI_API_KEY holds characters that no key has, such as a line break; set it anew")
+        raise UserError("--scorer api: OPENAI_API_KEY holds characters that no key has, "
+                        "such as a line break; set it anew")
 
     usable = []                                                  # users with an answer
 
@@ -483,11 +536,13 @@ def by_api(rows, wanted):
                 usable.append(u)
                 return u, wanted[u], scores
             except (OSError, ValueError, RecursionError, http.client.HTTPException) as problem:
-                if not left and usable and isinstance(problem, (ValueError, RecursionError)):  # it answers others: a refusal
+                # it answers others: a refusal
+                if not left and usable and isinstance(problem, (ValueError, RecursionError)):
                     return u, wanted[u], [None] * len(wanted[u])
                 if not left:
-                    raise UserError(f"--api-base {args.api_base}: user {rows.data.users[u]} failed {args.api_tries} times, last: "
-                                    f"{str(problem)[:100]}; what was scored is kept, --resume goes on") from None
+                    raise UserError(f"--api-base {args.api_base}: user {rows.data.users[u]} failed "
+                                    f"{args.api_tries} times, last: {str(problem)[:100]}; "
+                                    "what was scored is kept, --resume goes on") from None
                 time.sleep(pause * (1 + np.random.default_rng().random()))
                 pause = min(2 * pause, 30)
     failed, crew = None, concurrent.futures.ThreadPoolExecutor(args.api_parallel)
@@ -498,7 +553,8 @@ def by_api(rows, wanted):
                 yield job.result()
             except concurrent.futures.CancelledError:
                 pass
-            except UserError as problem:                         # ask no more, but keep what is on its way: it is paid for
+            except UserError as problem:
+                # ask no more, but keep what is on its way: it is paid for
                 failed = failed or problem
                 for other in jobs:
                     other.cancel()
@@ -514,7 +570,8 @@ def rank_prompt(rows, u, items):
 
 
 def read_scores(path, data):
-    """{(user, item): score, None where the LLM gave none} of a scores.jsonl, raw ids. A broken line is a UserError with its place."""
+    """{(user, item): score, None where the LLM gave none} of a scores.jsonl, raw ids. A broken line is a
+    UserError with its place."""
     users, items = ({raw: k for k, raw in enumerate(ids)} for ids in (data.users, data.items))
     table = {}
     for number, line in datasets.lines_of(path):
@@ -522,18 +579,22 @@ def read_scores(path, data):
             record = json.loads(line)
             u, i, score = users.get(str(record["user"])), items.get(str(record["item"])), record["score"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f'{path}:{number}: not {{"user": , "item": , "score": }}; mend or remove the line') from None
+            raise UserError(f'{path}:{number}: not {{"user": , "item": , "score": }}; '
+                            "mend or remove the line") from None
         if score is not None and (type(score) not in (int, float) or not 0 <= score <= 1):
             raise UserError(f"{path}:{number}: score {str(score)[:40]} is no number between 0 and 1")
-        if u is not None and i is not None:                      # of users and items that a filter took out, nothing
+        # nothing of users and items that a filter took out
+        if u is not None and i is not None:
             table[u, i] = score
     if not table:
-        raise UserError(f"{path}: no score of a user and an item of this data set; ids are those of the data's own files")
+        raise UserError(f"{path}: no score of a user and an item of this data set; "
+                        "ids are those of the data's own files")
     return table
 
 
 def score(args, folder, rows):
-    """Phase 1 -> {(user, item): score}. Every user's answers are appended at once: what was paid for is never asked again."""
+    """Phase 1 -> {(user, item): score}. Every user's answers are appended at once: what was paid for is never
+    asked again."""
     kind = scorer(args, rows)
     if kind == "file":
         if not Path(args.scores).is_file():
@@ -544,18 +605,21 @@ def score(args, folder, rows):
     settings, made = made_by(args, kind, data), folder / "scores-args.json"
     earlier = json.loads(made.read_text()) if made.exists() else settings
     if differ := differences(earlier, settings):
-        raise UserError(f"{folder} holds scores that were made with other settings ({differ}); remove it, or name "
-                        "another folder with --run")
+        raise UserError(f"{folder} holds scores that were made with other settings ({differ}); "
+                        "remove it, or name another folder with --run")
     if path.exists():                                            # a kill may have cut the last line
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     table = read_scores(path, data) if path.exists() and path.stat().st_size else {}
     missing = {u: items for u, items in wanted.items() if not all((u, i) in table for i in items)}
     if missing:
-        lines = lambda u, pairs: "".join(json.dumps({"user": data.users[u], "item": data.items[i], "score": s}) + "\n" for i, s in pairs)
-        table = {(u, i): s for (u, i), s in table.items() if u not in missing}                # of a user cut short: ask again
+        lines = lambda u, pairs: "".join(
+            json.dumps({"user": data.users[u], "item": data.items[i], "score": s}) + "\n" for i, s in pairs)
+        # a user cut short is asked about again
+        table = {(u, i): s for (u, i), s in table.items() if u not in missing}
         write_atomically(path, "".join(lines(u, [(i, s)]) for (u, i), s in table.items()))
         source = {"oracle": oracle, "backbone": by_backbone, "encoder": by_encoder, "api": by_api}[kind]
-        with open(path, "a", encoding="utf-8") as f:             # the oracle's noise is one stream: ask it for all again
+        with open(path, "a", encoding="utf-8") as f:
+            # the oracle's noise is one stream: ask it for all again
             for u, items, scores in source(rows, wanted if kind == "oracle" else missing):
                 if u in missing:
                     if not made.exists():
@@ -569,10 +633,12 @@ def score(args, folder, rows):
 
 def made_by(args, kind, data):
     """What scores depend on: {name: value}, as JSON gives it back."""
-    names = {"oracle": ("oracle",), "backbone": ("backbone", "dtype", "tune_steps", "tune_lr", "prompt_history"),
+    names = {"oracle": ("oracle",),
+             "backbone": ("backbone", "dtype", "tune_steps", "tune_lr", "prompt_history"),
              "encoder": ("prompt_history",), "api": ("api_base", "api_model", "prompt_history")}[kind]
     names += ("seed", "cold", "tail", "candidates", "pool", "extra", "scored_users")
-    return json.loads(json.dumps({"scorer": kind, "data": data.fingerprint} | {name: getattr(args, name) for name in names}))
+    return json.loads(json.dumps({"scorer": kind, "data": data.fingerprint}
+                                 | {name: getattr(args, name) for name in names}))
 
 
 def scorer(args, rows):
@@ -581,8 +647,8 @@ def scorer(args, rows):
 
 
 def estimate(rows):
-    """--dry-run: the first prompt, and how much all would take. Four characters count as a token; what is asked for again,
-    after an unusable answer, is not counted."""
+    """--dry-run: the first prompt, and how much all would take. Four characters count as a token; what is asked
+    for again, after an unusable answer, is not counted."""
     args, wanted = rows.args, candidates(rows)
     u = next(iter(wanted))
     print(rank_prompt(rows, u, wanted[u]), "\n")
@@ -590,11 +656,12 @@ def estimate(rows):
     taken = sum(12 * len(items) + 10 for items in wanted.values())
     times = len(args.seeds or (0,)) if args.ablations else 1      # every seed has candidates of its own
     price = times * (given * args.api_price[0] + taken * args.api_price[1]) / 1e6
-    print(f"{times * len(wanted):,} requests, about {times * given:,.0f} tokens in and {times * taken:,} out: ${price:,.2f} at {args.api_price[0]} and "
-          f"{args.api_price[1]} dollars per million")
+    print(f"{times * len(wanted):,} requests, about {times * given:,.0f} tokens in and "
+          f"{times * taken:,} out: ${price:,.2f} at {args.api_price[0]} and {args.api_price[1]} "
+          "dollars per million")
 
 
-# 6 ---------------------------------------------------------------------------------------------------- gate and losses
+# 6 ------------------------------------------------------------------------------------------ gate and losses
 class Gate(nn.Module):
     """[2] alpha = sigmoid(w . [Cold(u), Tail(i), q(u, i)] + b): four numbers."""
 
@@ -610,7 +677,8 @@ class Gate(nn.Module):
 
 
 def uncertainty(logit, kind="maxprob", draws=None):
-    """[5] q in [0, 1]: 2 (1 - max(p, 1 - p)), or H(p) / ln 2, or 4 Var of p over draws (n, ...) under dropout. No gradient."""
+    """[5] q in [0, 1]: 2 (1 - max(p, 1 - p)), or H(p) / ln 2, or 4 Var of p over draws (n, ...) under dropout.
+    No gradient."""
     if kind == "dropout":
         return 4 * torch.sigmoid(draws.detach()).var(0, unbiased=False)
     logit = logit.detach()
@@ -621,28 +689,31 @@ def uncertainty(logit, kind="maxprob", draws=None):
 
 
 def pick_pairs(scores, known, most, weight=1.0, pick="largest"):
-    """[3] Pairs (user row, i, j), each (P,), at most `most`, the item that the LLM scores higher first. scores, known (U, M);
-    weight (U, M, M) scales the gaps. largest: the largest gaps of all users. sample: most / U (at least 1) random pairs of each
-    user. Ties and unknown scores make no pair."""
+    """[3] Pairs (user row, i, j), each (P,), at most `most`, the item that the LLM scores higher first. scores,
+    known (U, M); weight (U, M, M) scales the gaps. largest: the largest gaps of all users. sample: most / U (at
+    least 1) random pairs of each user. Ties and unknown scores make no pair."""
     M = scores.shape[1]
     gap = (scores[:, :, None] - scores[:, None, :]).masked_fill(~(known[:, :, None] & known[:, None, :]), 0)
     gap = (gap * weight).view(1, -1)
     if pick == "sample":
         gap = ((gap > 0) * torch.rand_like(gap)).view(len(scores), -1)
     top = gap.topk(min(max(most // len(gap), 1), gap.shape[1]))
-    chosen = (top.indices + torch.arange(0, gap.numel(), gap.shape[1], device=gap.device)[:, None])[top.values > 0]
+    chosen = (top.indices
+              + torch.arange(0, gap.numel(), gap.shape[1], device=gap.device)[:, None])[top.values > 0]
     return chosen // M**2, chosen // M % M, chosen % M
 
 
 def pair_loss(s, alpha, pairs, margin=1.0, gate="paper", reduction="mean", budget=(0.3, 10.0)):
-    """[4] over pairs (user row, i, j) of s, alpha (U, M) -> a number; 0 without pairs. budget: (rho, eta) of gate "budget"."""
+    """[4] over pairs (user row, i, j) of s, alpha (U, M) -> a number; 0 without pairs. budget: (rho, eta) of
+    gate "budget"."""
     u, i, j = pairs
     if not len(u):
         return s.sum() * 0
     hinge, a = F.relu(margin - (s[u, i] - s[u, j])), (alpha[u, i] + alpha[u, j]) / 2
     if gate == "normalised":
         return (a * hinge).sum() / a.sum()
-    if gate in ("agreement", "truth"):                           # a weighted mean, which fades out where hardly a pair has weight
+    if gate in ("agreement", "truth"):
+        # a weighted mean, which fades out where hardly a pair has weight
         a = (2 * a.detach() - 1).clamp(min=0)
         return (a * hinge).sum() / (1.0 if reduction == "sum" else a.sum().clamp(min=0.1 * len(a)))
     a = torch.ones_like(a) if gate == "ones" else a.detach() if gate == "fixed" else a
@@ -656,15 +727,15 @@ def click_loss(s):
 
 
 def agreement_loss(s, alpha, pairs):
-    """What the gate "agreement" learns from: cross-entropy of alpha_uij against whether the model orders the pair as the LLM
-    does. Gradient to alpha only."""
+    """What the gate "agreement" learns from: cross-entropy of alpha_uij against whether the model orders the
+    pair as the LLM does. Gradient to alpha only."""
     u, i, j = pairs
     if not len(u):
         return alpha.sum() * 0
     return F.binary_cross_entropy((alpha[u, i] + alpha[u, j]) / 2, (s[u, i] > s[u, j]).to(alpha.dtype))
 
 
-# 7 ---------------------------------------------------------------------------------------------------- train
+# 7 ------------------------------------------------------------------------------------------ train
 class Scored:
     """The LLM's scores as padded rows of users that have any: users (U,), items, scores, known (U, M)."""
 
@@ -684,7 +755,8 @@ class Scored:
             self.known[row, :len(found)] = True
         share = rows.args.gate_share if rows.args.gate == "agreement" else 0
         aside = torch.from_numpy(np.random.default_rng([rows.args.seed, 73]).random(self.known.shape)) < share
-        self.items, self.scores, self.known, self.aside = (x.to(device) for x in (self.items, self.scores, self.known, aside))
+        self.items, self.scores, self.known, self.aside = (
+            x.to(device) for x in (self.items, self.scores, self.known, aside))
         # The place that a user's LLM scores speak for: after the training part.
         self.place = torch.as_tensor(rows.logs.n_train, device=device)[self.users]
         self.cold = torch.as_tensor(rows.cold, device=device)[self.users][:, None].expand(-1, M)
@@ -692,9 +764,13 @@ class Scored:
 
 
 def text_vectors(rows):
-    """KAR's inputs: what the LLM makes of each item's text -> (n_items + 1, D) for shifted items, standardised, 0 for padding."""
-    model, tokenizer = llm.load(rows.args.backbone, rows.device, cuda.pick_dtype(rows.args.dtype, rows.device))
-    v = llm.encode(model, tokenizer, [f"{line}. {text}" for line, text in zip(rows.logs.lines, rows.data.texts)], desc="item texts")
+    """KAR's inputs: what the LLM makes of each item's text -> (n_items + 1, D) for shifted items, standardised,
+    0 for padding."""
+    model, tokenizer = llm.load(rows.args.backbone, rows.device,
+                                cuda.pick_dtype(rows.args.dtype, rows.device))
+    v = llm.encode(model, tokenizer,
+                   [f"{line}. {text}" for line, text in zip(rows.logs.lines, rows.data.texts)],
+                   desc="item texts")
     return F.pad(F.normalize((v - v.mean(0)) / (v.std(0) + 1e-6), dim=-1), (0, 0, 1, 0))
 
 
@@ -706,14 +782,15 @@ class Model(nn.Module):
         torch.manual_seed(cuda.key_seed(args.seed, "init"))
         self.rows = rows
         self.register_buffer("vectors", vectors, persistent=False)
-        self.ctr = CTR(args.recommender, len(rows.data.users), len(rows.data.items), rows.categories, args.dim, args.mlp, args.dropout,
-                       extra=0 if vectors is None else 2 * vectors.shape[1])
+        self.ctr = CTR(args.recommender, len(rows.data.users), len(rows.data.items), rows.categories,
+                       args.dim, args.mlp, args.dropout, extra=0 if vectors is None else 2 * vectors.shape[1])
         self.gate = Gate(args.gate_init)
 
     def forward(self, users, place, items):
         """users, place (B,), items (B, C) -> logits (B, C)."""
         history, extra = self.rows.history(users, place), None
-        if self.vectors is not None:                             # KAR: the item's text, and the mean of the past ones
+        if self.vectors is not None:
+            # KAR: the item's text, and the mean of the past ones
             past = F.embedding_bag(history, self.vectors, mode="mean", padding_idx=0)
             extra = torch.cat([self.vectors[items + 1], past[:, None].expand(*items.shape, -1)], -1)
         return self.ctr(users, items + 1, history, extra)
@@ -739,7 +816,8 @@ def alphas(args, model, scored, pick, s):
 
 
 def regulariser(args, model, scored, pick):
-    """L_LLM on the users `pick` (rows of scored), a number; with --gate agreement and the gate's own cross-entropy."""
+    """L_LLM on the users `pick` (rows of scored), a number; with --gate agreement and the gate's own
+    cross-entropy."""
     scores, known = scored.scores[pick], scored.known[pick]
     s = logits_of(model, scored, pick)
     if args.llm_loss == "pointwise":
@@ -751,7 +829,8 @@ def regulariser(args, model, scored, pick):
     if args.gate in ("agreement", "truth"):
         weight = (alpha[:, :, None] + alpha[:, None, :] - 1).detach().clamp(min=0)
     pairs = pick_pairs(scores, known & ~aside, args.pairs, weight, args.pick)
-    loss = pair_loss(s, alpha, pairs, args.margin, args.gate, args.reduction, (args.budget, args.budget_weight))
+    loss = pair_loss(s, alpha, pairs, args.margin, args.gate, args.reduction,
+                     (args.budget, args.budget_weight))
     if args.gate == "agreement":
         loss = loss + agreement_loss(s, alpha, pick_pairs(scores, known & aside, args.pairs, pick=args.pick))
     return loss
@@ -759,31 +838,38 @@ def regulariser(args, model, scored, pick):
 
 @torch.no_grad()
 def gate_view(args, model, scored):
-    """alpha of every scored pair, as the model stands: (alpha, cold, tail), each (n,), in the order of scored.known."""
+    """alpha of every scored pair, as the model stands: (alpha, cold, tail), each (n,), in the order of
+    scored.known."""
     model.eval()
-    torch.manual_seed(cuda.key_seed(args.seed, "view"))                                       # of --uncertainty dropout
+    torch.manual_seed(cuda.key_seed(args.seed, "view"))          # of --uncertainty dropout
     alpha = [alphas(args, model, scored, pick, logits_of(model, scored, pick))[scored.known[pick]]
              for pick in torch.arange(len(scored.users), device=scored.users.device).split(64)]
-    return tuple(x.cpu().numpy() for x in (torch.cat(alpha), scored.cold[scored.known], scored.tail[scored.known]))
+    return tuple(x.cpu().numpy()
+                 for x in (torch.cat(alpha), scored.cold[scored.known], scored.tail[scored.known]))
 
 
 def gate_map(rows, scored, alpha, bins=5):
-    """Mean alpha (n,) by length of the user's history and popularity of the item, in bins of equally many scored pairs."""
-    length = rows.logs.n_train[scored.users.cpu().numpy()][:, None].repeat(scored.known.shape[1], 1)[scored.known.cpu().numpy()]
+    """Mean alpha (n,) by length of the user's history and popularity of the item, in bins of equally many
+    scored pairs."""
+    length = (rows.logs.n_train[scored.users.cpu().numpy()][:, None]
+              .repeat(scored.known.shape[1], 1)[scored.known.cpu().numpy()])
     count = rows.logs.item_counts()[scored.items.cpu().numpy()][scored.known.cpu().numpy()]
     edges = [np.unique(np.quantile(x, np.linspace(0, 1, bins + 1)).astype(int)) for x in (length, count)]
-    where = [np.clip(np.searchsorted(e, x, side="right") - 1, 0, max(len(e) - 2, 0)) for e, x in zip(edges, (length, count))]
+    where = [np.clip(np.searchsorted(e, x, side="right") - 1, 0, max(len(e) - 2, 0))
+             for e, x in zip(edges, (length, count))]
     names = [[f"{a}–{b}" if a < b else str(a) for a, b in zip(e, [*(e[1:-1] - 1), e[-1]])] for e in edges]
     cell = lambda mask: round(float(alpha[mask].mean()), 4) if mask.any() else None
     return {"history": names[0], "popularity": names[1],
-            "alpha": [[cell((where[0] == i) & (where[1] == j)) for j in range(len(names[1]))] for i in range(len(names[0]))]}
+            "alpha": [[cell((where[0] == i) & (where[1] == j)) for j in range(len(names[1]))]
+                      for i in range(len(names[0]))]}
 
 
 def fit(args, run, rows, scored, vectors):
     """Phase 2: Adam on L_rec + lambda L_LLM, the epoch with the best validation AUC. Resumable after any epoch."""
     model = Model(args, rows, vectors).to(rows.device)
     optimizer = torch.optim.Adam([{"params": model.ctr.parameters(), "weight_decay": args.weight_decay},
-                                  {"params": model.gate.parameters(), "lr": args.gate_lr}], lr=args.lr, fused=True)
+                                  {"params": model.gate.parameters(), "lr": args.gate_lr}],
+                                 lr=args.lr, fused=True)
     first, best, kept, waited = 0, -1.0, None, 0
     if (saved := run.begin("train")) is not None:
         tensors, state = saved
@@ -822,10 +908,11 @@ def fit(args, run, rows, scored, vectors):
         alpha = {}
         if used and args.llm_loss == "pairwise" and args.gate not in ("ones", "truth"):
             a, cold, tail = gate_view(args, model, scored)
-            alpha = {f"alpha_{'cold' if c else 'warm'}_{'tail' if t else 'head'}": float(a[(cold == c) & (tail == t)].mean())
+            alpha = {f"alpha_{'cold' if c else 'warm'}_{'tail' if t else 'head'}":
+                         float(a[(cold == c) & (tail == t)].mean())
                      for c in (0, 1) for t in (0, 1) if ((cold == c) & (tail == t)).any()}
-        run.log("train", epoch + 1, args.epochs, loss=float(total[0]) / len(batches), llm_loss=float(total[1]) / len(batches),
-                valid_auc=now, **alpha)
+        run.log("train", epoch + 1, args.epochs, loss=float(total[0]) / len(batches),
+                llm_loss=float(total[1]) / len(batches), valid_auc=now, **alpha)
         state = model.state_dict()
         if now > best:
             best, waited, kept = now, 0, {k: v.clone() for k, v in state.items()}
@@ -835,27 +922,33 @@ def fit(args, run, rows, scored, vectors):
     return model, {"epochs": epochs, "valid_auc": round(best, 4)}
 
 
-# 8 ---------------------------------------------------------------------------------------------------- evaluation
+# 8 ------------------------------------------------------------------------------------------ evaluation
 @torch.no_grad()
 def evaluate_rows(model, rows, table):
-    """AUC over 1:1 rows: all; rows of cold users (|H| <= tau and < tau); rows on tail items; dense = neither cold nor tail."""
+    """AUC over 1:1 rows: all; rows of cold users (|H| <= tau and < tau); rows on tail items; dense = neither
+    cold nor tail."""
     model.eval()
-    s = torch.cat([model(part[0], part[1], part[2:].T) for part in table.split(4096, 1)]).T.flatten().cpu().numpy()
+    s = torch.cat([model(part[0], part[1], part[2:].T)
+                   for part in table.split(4096, 1)]).T.flatten().cpu().numpy()
     table = table.cpu().numpy()
     user, item, label = np.tile(table[0], 2), table[2:].flatten(), np.arange(len(s)) < len(s) // 2
     cold, tail = rows.cold[user], rows.tail[item]
-    cells = {"overall": cold >= 0, "cold": cold, "very_cold": rows.very_cold[user], "tail": tail, "dense": ~cold & ~tail}
-    return {name: round(metrics.auc(label[mask], s[mask]), 6) for name, mask in cells.items() if len(set(label[mask])) == 2}
+    cells = {"overall": cold >= 0, "cold": cold, "very_cold": rows.very_cold[user],
+             "tail": tail, "dense": ~cold & ~tail}
+    return {name: round(metrics.auc(label[mask], s[mask]), 6)
+            for name, mask in cells.items() if len(set(label[mask])) == 2}
 
 
 @torch.no_grad()
 def evaluate_ranking(model, rows):
-    """Full ranking of the test target among all items that the user has not had before: mean AUC and NDCG@10, per cell."""
+    """Full ranking of the test target among all items that the user has not had before: mean AUC and NDCG@10,
+    per cell."""
     model.eval()
     logs, n = rows.logs, len(rows.data.items)
     users = logs.held_out
     if rows.args.rank_users < len(users):
-        users = np.sort(np.random.default_rng([rows.args.seed, 71]).choice(users, rows.args.rank_users, replace=False))
+        users = np.sort(np.random.default_rng([rows.args.seed, 71])
+                        .choice(users, rows.args.rank_users, replace=False))
     every, ranks, rivals = torch.arange(n, device=rows.device)[None], [], []
     for u in progress(users, "full ranking", len(users)):
         s = model(*torch.tensor([[u], [logs.n_train[u] + 1]], device=rows.device), every).cpu().numpy()
@@ -866,8 +959,10 @@ def evaluate_ranking(model, rows):
     ranks, target = np.array(ranks), np.array([logs.sequence(u)[-1] for u in users])
     auc, ndcg = 1 - (ranks - 1) / np.array(rivals), metrics.ndcg_at(ranks, 10)
     cold, tail = rows.cold[users], rows.tail[target]
-    cells = {"overall": users >= 0, "cold": cold, "very_cold": rows.very_cold[users], "tail": tail, "dense": ~cold & ~tail}
-    return {name: {"n": int(mask.sum()), "auc": round(float(auc[mask].mean()), 6), "ndcg@10": round(float(ndcg[mask].mean()), 6)}
+    cells = {"overall": users >= 0, "cold": cold, "very_cold": rows.very_cold[users],
+             "tail": tail, "dense": ~cold & ~tail}
+    return {name: {"n": int(mask.sum()), "auc": round(float(auc[mask].mean()), 6),
+                   "ndcg@10": round(float(ndcg[mask].mean()), 6)}
             for name, mask in cells.items() if mask.any()}
 
 
@@ -883,29 +978,36 @@ def train(args, shared=None):
     device = cuda.pick_device(args.device)
     rows = Rows(args, device)
     if args.gate == "truth" and scorer(args, rows) != "oracle":
-        raise UserError("--gate truth: where scores are right is only known of the toy world's (--scorer oracle); take another gate")
+        raise UserError("--gate truth: where scores are right is only known of the toy world's "
+                        "(--scorer oracle); take another gate")
     if args.dry_run:
         return estimate(rows)
-    run = Run(args, "sllmr", rows.data.fingerprint, free=("api_parallel", "api_tries", "api_pause", "api_timeout", "api_price"))
+    run = Run(args, "sllmr", rows.data.fingerprint,
+              free=("api_parallel", "api_tries", "api_pause", "api_timeout", "api_price"))
     if run.done("result"):
         return run.result(run.done("result"))
-    run.header(device=str(device), data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
-               f"{len(rows.data.items):,} items", rows=f"train {2 * rows.train.shape[1]:,} (of a history of at most {args.cold}: "
-               f"{2 * int((rows.train[1] <= args.cold).sum()):,}), valid {2 * rows.valid.shape[1]:,}, test {2 * rows.test.shape[1]:,}; "
-               f"cold users {rows.cold[rows.logs.held_out].mean():.1%}, tail items {rows.tail.sum():,}")
+    run.header(device=str(device),
+               data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
+                    f"{len(rows.data.items):,} items",
+               rows=f"train {2 * rows.train.shape[1]:,} (of a history of at most {args.cold}: "
+                    f"{2 * int((rows.train[1] <= args.cold).sum()):,}), "
+                    f"valid {2 * rows.valid.shape[1]:,}, test {2 * rows.test.shape[1]:,}; "
+                    f"cold users {rows.cold[rows.logs.held_out].mean():.1%}, tail items {rows.tail.sum():,}")
     scored, vectors = None, text_vectors(rows) if args.llm_loss == "kar" else None
     if args.llm_loss in ("pairwise", "pointwise", "kd"):
         table = score(args, shared or run.folder, rows)
         scored = Scored(rows, table)
-        print(f"score done: {len(table):,} pairs of {len(scored.users):,} users by {scorer(args, rows)}", flush=True)
+        print(f"score done: {len(table):,} pairs of {len(scored.users):,} users by {scorer(args, rows)}",
+              flush=True)
     if not run.done("train"):
         model, record = fit(args, run, rows, scored, vectors)
         run.finish("train", record)
     else:
         model = Model(args, rows, vectors).to(device)
         model.load_state_dict(strip(run.load("train")[0], "best/"))
-    result = {"script": "sllmr", "data": rows.data.name, "recommender": args.recommender, "llm_loss": args.llm_loss, "gate": args.gate,
-              "lam": args.lam, "seed": args.seed, "train": run.done("train"), "valid": evaluate_rows(model, rows, rows.valid),
+    result = {"script": "sllmr", "data": rows.data.name, "recommender": args.recommender,
+              "llm_loss": args.llm_loss, "gate": args.gate, "lam": args.lam, "seed": args.seed,
+              "train": run.done("train"), "valid": evaluate_rows(model, rows, rows.valid),
               "test": evaluate_rows(model, rows, rows.test), "ranking": evaluate_ranking(model, rows)}
     if scored is not None and args.llm_loss == "pairwise" and args.gate not in ("ones", "truth"):
         alpha, cold, tail = gate_view(args, model, scored)
@@ -913,7 +1015,8 @@ def train(args, shared=None):
         numbers = (*model.gate.linear.weight[0].tolist(), model.gate.linear.bias.item())
         result["gate_is"] = {name: round(x, 4) for name, x in zip(("cold", "tail", "unsure", "b"), numbers)}
         truth = reliable(args, cold, tail)
-        if scorer(args, rows) == "oracle" and len(set(truth)) > 1:                            # does it find where the LLM is right?
+        # does it find where the LLM is right?
+        if scorer(args, rows) == "oracle" and len(set(truth)) > 1:
             result["gate_auc"] = round(metrics.auc(truth > truth.mean(), alpha), 4)
     run.finish("result", result)
     show(result)
@@ -928,13 +1031,13 @@ def show(result):
     for cell in ("overall", "cold", "very_cold", "tail", "dense"):
         ranked = result["ranking"].get(cell, {})
         if cell in result["test"]:
-            print(f"{cell.replace('_', ' '):12}{result['test'][cell]:16.4f}{ranked.get('auc', math.nan):20.4f}"
-                  f"{ranked.get('ndcg@10', math.nan):10.4f}")
+            print(f"{cell.replace('_', ' '):12}{result['test'][cell]:16.4f}"
+                  f"{ranked.get('auc', math.nan):20.4f}{ranked.get('ndcg@10', math.nan):10.4f}")
     if "gate_auc" in result:
         print(f"the gate finds the pairs on which the LLM is right: AUC {result['gate_auc']:.3f}")
 
 
-# 9 ---------------------------------------------------------------------------------------------------- compare
+# 9 ------------------------------------------------------------------------------------------ compare
 VARIANTS = {   # name: what changes
     "none": {"llm_loss": "none"},
     "KAR": {"llm_loss": "kar"},
@@ -944,7 +1047,7 @@ VARIANTS = {   # name: what changes
     "paper": {"llm_loss": "pairwise", "gate": "paper"},
     "normalised": {"llm_loss": "pairwise", "gate": "normalised"},
     "budget": {"llm_loss": "pairwise", "gate": "budget"},
-    "fixed": {"llm_loss": "pairwise", "gate": "fixed"},                                         # --gate-init as it is: what learning adds to it
+    "fixed": {"llm_loss": "pairwise", "gate": "fixed"},   # --gate-init as it is: what learning adds to it
     "agreement": {"llm_loss": "pairwise", "gate": "agreement"},
     "no prior": {"llm_loss": "pairwise", "gate": "agreement", "gate_init": (0.0, 0.0, 0.0, 0.0)},
     "truth": {"llm_loss": "pairwise", "gate": "truth"},
@@ -954,16 +1057,19 @@ CELLS = ("overall", "cold", "very_cold", "tail", "dense")
 
 
 def ablations(args):
-    """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model on test, and
-    (with matplotlib) gate.png: alpha per cell over the epochs. The same command again goes on where it stopped."""
+    """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model
+    on test, and (with matplotlib) gate.png: alpha per cell over the epochs. The same command again goes on
+    where it stopped."""
     root = folder_of(args, "sllmr", "ablations")
     told = args.data.split(":")[0] == "toy" and not args.scores and args.scorer in ("auto", "oracle")
     known = [name for name in VARIANTS if name != "truth" or told]
     if "truth" in args.variants and "truth" not in known:
-        raise UserError("--variants truth: where scores are right is only known of the toy world's own (--scorer oracle)")
+        raise UserError("--variants truth: where scores are right is only known of the toy world's own "
+                        "(--scorer oracle)")
     tables, runs = {}, []   # {recommender, variant, lambda: its row}
     for recommender in args.recommenders or (args.recommender,):
-        found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)} for name in args.variants or known}
+        found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)}
+                 for name in args.variants or known}
         for seed in args.seeds or (args.seed,):
             for name, by_lam in found.items():
                 for lam in by_lam:
@@ -972,17 +1078,20 @@ def ablations(args):
                     now = variant(args, folder, recommender=recommender, seed=seed, lam=lam, **VARIANTS[name])
                     found[name][lam].append(train(now, root / f"scores-s{seed}"))
                     runs.append(folder)
-        print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, mean ± std over {len(args.seeds or (0,))} seeds")
-        best = {name: max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]])) for name, by_lam in found.items()}
+        print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, "
+              f"mean ± std over {len(args.seeds or (0,))} seeds")
+        best = {name: max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]]))
+                for name, by_lam in found.items()}
         columns = {c: lambda r, c=c: r["test"][c] for c in CELLS} | {"gate_auc": lambda r: r["gate_auc"]}
-        tables |= summarise({f"{recommender}, {name} {lam:g}": found[name][lam] for name, lam in best.items()}, columns)
+        tables |= summarise(
+            {f"{recommender}, {name} {lam:g}": found[name][lam] for name, lam in best.items()}, columns)
         plot(root / recommender)
     return write_table(root, args, tables, runs)
 
 
 def plot(folder):
-    """alpha per cell over the epochs, one picture per gate: its last seed, its largest lambda. Without matplotlib the same
-    numbers are in metrics.jsonl."""
+    """alpha per cell over the epochs, one picture per gate: its last seed, its largest lambda. Without
+    matplotlib the same numbers are in metrics.jsonl."""
     if (plt := pyplot()) is None:
         return
     runs = {gate: found[-1] for gate in ("paper", "normalised", "budget", "agreement")

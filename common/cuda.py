@@ -19,7 +19,8 @@ def pick_device(name="auto"):
         name = "cuda" if available["cuda"] else "cpu"
     kind = name.split(":")[0]
     if not available.get(kind, False):
-        raise UserError(f"--device {name}: not available here (have: {', '.join(k for k, v in available.items() if v)})")
+        raise UserError(f"--device {name}: not available here "
+                        f"(have: {', '.join(k for k, v in available.items() if v)})")
     if kind == "cuda" and "LOCAL_RANK" in os.environ and ":" not in name:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -28,14 +29,16 @@ def pick_device(name="auto"):
         raise UserError(f"--device {name}: no such device; {kind} or {kind}:NUMBER") from None
     if kind == "cuda" and device.index is not None:
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, from cuda:0 on")
-        torch.cuda.set_device(device)             # streams, graphs, barriers and memory figures are of the current device
+            raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, "
+                            "from cuda:0 on")
+        # streams, graphs, barriers and memory figures are of the current device
+        torch.cuda.set_device(device)
     return device
 
 
 def pick_dtype(name, device):
-    """Of the frozen backbone. "auto": bfloat16 on a GPU that computes in it (Ampere and later), else float32. fp16 is not
-    offered: it overflows."""
+    """Of the frozen backbone. "auto": bfloat16 on a GPU that computes in it (Ampere and later), else float32.
+    fp16 is not offered: it overflows."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     choices = {"auto": torch.bfloat16 if native else torch.float32,
                "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,18 +67,20 @@ def memory_gib():
     """Peak memory so far in GiB: allocated on CUDA, else resident of this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024                # ru_maxrss is in bytes on macOS, in KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024      # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def join(device):
-    """(rank, world size) under torchrun, (0, 1) otherwise; device: this process's own. Start: torchrun --nproc-per-node N -- script.py ...
-    (without the `--`, torchrun takes our --run for an abbreviation of its own)."""
+    """(rank, world size) under torchrun, (0, 1) otherwise; device: this process's own. Start: torchrun
+    --nproc-per-node N -- script.py ... (without the `--`, torchrun takes our --run for an abbreviation of its
+    own)."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
         on_gpu = device.type == "cuda"
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
+                                             device_id=device if on_gpu else None)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -96,6 +101,7 @@ def average_gradients(parameters):
     if not torch.distributed.is_initialized():
         return
     for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad       # every process must take part in every sum
+        # every process must take part in every sum
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         torch.distributed.all_reduce(p.grad)
         p.grad /= torch.distributed.get_world_size()

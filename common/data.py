@@ -67,7 +67,8 @@ SOURCES = {
 for _name, _default, _category, _other in (
         ("video-games", "2018", "Video_Games", {}), ("movies-tv", "2018", "Movies_and_TV", {}),
         ("sports", "2014", "Sports_and_Outdoors", {}), ("toys", "2014", "Toys_and_Games", {}),
-        ("beauty", "2014", "Beauty", {"2018": "All_Beauty", "2023": "All_Beauty"}), ("books", "2014", "Books", {})):
+        ("beauty", "2014", "Beauty", {"2018": "All_Beauty", "2023": "All_Beauty"}),
+        ("books", "2014", "Books", {})):
     for _year in ("2014", "2018", "2023"):
         _files = [(url, None, None) for url in amazon_urls(_year, _other.get(_year, _category))]
         SOURCES[f"amazon-{_name}-{_year}"] = ((f"amazon-{_name}-{_year}",), _files)
@@ -137,10 +138,11 @@ def load(name, data_dir=None, max_bad_rows=0, seed=0):
         from common import toy
         sizes = re.fullmatch(r"toy(?::(\d+)x(\d+)x(\d+)(?::(0?\.\d+|[01]))?)?", name)
         if sizes is None:
-            raise UserError(f"--data {name}: the toy world's sizes are written toy:USERSxITEMSxINTERACTIONS, and after another : "
-                            "the share of misled users, such as 0.3")
+            raise UserError(f"--data {name}: the toy world's sizes are written toy:USERSxITEMSxINTERACTIONS, "
+                            "and after another : the share of misled users, such as 0.3")
         try:
-            return toy.make(*(float(n) if k == 3 else int(n) for k, n in enumerate(sizes.groups()) if n), seed=seed).data()
+            return toy.make(*(float(n) if k == 3 else int(n) for k, n in enumerate(sizes.groups()) if n),
+                            seed=seed).data()
         except ValueError as problem:
             raise UserError(f"--data {name}: {problem}") from None
     if name in SOURCES:
@@ -149,7 +151,9 @@ def load(name, data_dir=None, max_bad_rows=0, seed=0):
     folder = Path(name)
     if not folder.is_dir():
         near = difflib.get_close_matches(name, SOURCES, 1)
-        raise UserError(f"--data {name}: " + (f"did you mean {near[0]}?" if near else "it is a file." if folder.exists() else "no such folder.")
+        raise UserError(f"--data {name}: "
+                        + (f"did you mean {near[0]}?" if near else
+                           "it is a file." if folder.exists() else "no such folder.")
                         + f" It is a folder or one of {KNOWN}")
     return read_folder(folder, folder.resolve().name, max_bad_rows)
 
@@ -172,8 +176,8 @@ def put_where(name):
 
 
 def fetch(name):
-    """Download, verify and unpack a named data set into the cache; the folder appears whole or not at all. Of processes that
-    come at once, such as torchrun's, one does so and the others wait."""
+    """Download, verify and unpack a named data set into the cache; the folder appears whole or not at all. Of
+    processes that come at once, such as torchrun's, one does so and the others wait."""
     spellings, files = SOURCES[name]
     target = cache_folder() / "data" / spellings[0]
     stage = target.with_name(f".{spellings[0]}.download")        # stays after a failure, to go on from there
@@ -184,7 +188,8 @@ def fetch(name):
         if not target.is_dir():                                  # else another process was faster
             shutil.rmtree(whole, ignore_errors=True)
             whole.mkdir(parents=True)
-            paths = [download(url, stage / url.rsplit("/", 1)[1], size, sha, put_where(name)) for url, size, sha in files]
+            paths = [download(url, stage / url.rsplit("/", 1)[1], size, sha, put_where(name))
+                     for url, size, sha in files]
             for path in paths:
                 unzip(path, whole) if path.suffix == ".zip" else check_gzip(path)
             for path in paths:
@@ -230,7 +235,8 @@ def download(url, path, size, sha256, hint):
                         "to go on")
     if sha256 is not None and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
         part.unlink()
-        raise UserError(f"{url}: the file's sha256 is not the published one; it was removed, run the command again or {hint}")
+        raise UserError(f"{url}: the file's sha256 is not the published one; it was removed, "
+                        f"run the command again or {hint}")
     os.replace(part, path)
     return path
 
@@ -293,7 +299,8 @@ def lines_of(path):
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError:
-                    text = line.decode("cp1252", "replace")      # what Excel saves; Latin-1 with quotes and dashes
+                    # what Excel saves; Latin-1 with quotes and dashes
+                    text = line.decode("cp1252", "replace")
                 if not text.isspace():
                     yield number, text
     except (EOFError, OSError, zlib.error) as problem:
@@ -316,7 +323,8 @@ def number(value, what):
 
 
 def seconds(value):
-    """A timestamp as it stands, or what an ISO date such as 2020-01-17T10:00:00Z is in seconds since 1970 (UTC unless it says)."""
+    """A timestamp as it stands, or what an ISO date such as 2020-01-17T10:00:00Z is in seconds since 1970 (UTC
+    unless it says)."""
     if "-" not in value[1:]:
         return value
     try:
@@ -378,7 +386,8 @@ def csv_rows(path, bad, needed, optional=(), one_line=True):
     if missing:
         shown = ",".join(header)[:200]
         raise UserError(f"{path}:1: the header {shown!r} has no column {', '.join(missing)}; "
-                        + ("save the file as UTF-8, each line ended by a line feed" if "\0" in shown or not shown else "the first line must name the columns"))
+                        + ("save the file as UTF-8, each line ended by a line feed"
+                           if "\0" in shown or not shown else "the first line must name the columns"))
     if twice := sorted({c for c in (*needed, *optional) if header.count(c) > 1}):
         raise UserError(f"{path}:1: the header names {', '.join(twice)} twice; rename or remove one of them")
     pick = [header.index(c) if c in header else None for c in (*needed, *optional)]
@@ -488,7 +497,8 @@ def read_bookcrossing(folder, columns, bad):
             elif number > 1:                                     # the first line names the columns
                 yield number, row
     path, columns.has_times = folder / "BX-Book-Ratings.csv", False
-    columns.extend(path, bad, ((n, user, isbn.strip(), rating, 0) for n, (user, isbn, rating, *_) in rows(path, 3)))
+    columns.extend(path, bad, ((n, user, isbn.strip(), rating, 0)
+                               for n, (user, isbn, rating, *_) in rows(path, 3)))
     meta = {}
     for _, (isbn, title, author, *_) in rows(folder / "BX-Books.csv", 3):
         if isbn.strip() in columns.items:
@@ -574,7 +584,8 @@ def first_of(folder, name):
 
 READERS = [("ratings.dat", read_ml1m, ("movies.dat",)), ("u.data", read_ml100k, ("u.item", "u.genre")),
            ("ratings.csv", read_ml_latest, ("movies.csv",)),
-           ("BX-Book-Ratings.csv", read_bookcrossing, ("BX-Books.csv",)), ("interactions.csv", read_generic, ())]
+           ("BX-Book-Ratings.csv", read_bookcrossing, ("BX-Books.csv",)),
+           ("interactions.csv", read_generic, ())]
 
 
 def pick_reader(folder):
@@ -605,7 +616,8 @@ def read_folder(folder, name, max_bad_rows=0):
         meta, people = reader(folder, columns, bad)
         if not columns.user:
             skipped = f" ({bad.count} broken rows skipped, the first at {bad.first})" if bad.count else ""
-            raise UserError(f"{folder}: there is no interaction in it{skipped}; check that the files are whole")
+            raise UserError(f"{folder}: there is no interaction in it{skipped}; "
+                            "check that the files are whole")
         skipped = [f"{bad.count} broken rows skipped, the first at {bad.first}"] if bad.count else []
         data = assemble(columns, meta, people, skipped, name)
         to_cache(data, cached)
@@ -633,8 +645,10 @@ def assemble(c, meta, people, notes, name):
     described = [meta.get(raw, ("", (), "")) for raw in items]
     titles = [clean(title, TITLE) for title, _, _ in described]
     if not all(titles):
-        example = f" (such as {items[titles.index('')]!r}" + (f"; the titles' ids look like {next(iter(meta))!r})" if meta else "; there is no file of titles)")
-        notes = notes + [f"{titles.count('')} of {len(titles)} items have no title{example}, their id stands for it"]
+        example = f" (such as {items[titles.index('')]!r}" + (
+            f"; the titles' ids look like {next(iter(meta))!r})" if meta else "; there is no file of titles)")
+        notes = notes + [f"{titles.count('')} of {len(titles)} items have no title{example}, "
+                         "their id stands for it"]
     titles = [title or f"item {raw}" for title, raw in zip(titles, items)]
     categories = [list(dict.fromkeys(filter(None, (clean(x, CATEGORY) for x in names))))
                   for _, names, _ in described]
@@ -708,7 +722,8 @@ def min_rating(data, lowest):
     if lowest <= 0:
         return data
     if not data.has_ratings or data.rating.max() < lowest:
-        raise UserError(f"--min-rating {lowest:g}: {data.name} " + (f"has no rating above {data.rating.max():g}" if data.has_ratings else "has no ratings"))
+        raise UserError(f"--min-rating {lowest:g}: {data.name} " + (
+            f"has no rating above {data.rating.max():g}" if data.has_ratings else "has no ratings"))
     return keep(data, data.rating >= lowest, f"rating >= {lowest}")
 
 
@@ -798,12 +813,13 @@ def split_ratio(data, valid=0.1, test=0.1):
 def negatives(data, users, n, seed, seen=None, weights=None):
     """(len(users), n) int32: items that the user has not seen, no repeats in a row.
 
-    seen: sorted keys user * n_items + item. By default all that the user ever had: negatives to judge by. To train with,
-    give Logs.train_keys: were held-out items spared, they would be the only ones that a user's vector is never pushed
-    away from, which tells them. Uniform, or by weights (n_items,); a pure function of its arguments. Raises UserError if a
-    user has fewer than n such items.
+    seen: sorted keys user * n_items + item. By default all that the user ever had: negatives to judge by. To
+    train with, give Logs.train_keys: were held-out items spared, they would be the only ones that a user's
+    vector is never pushed away from, which tells them. Uniform, or by weights (n_items,); a pure function of
+    its arguments. Raises UserError if a user has fewer than n such items.
     """
-    users, N, seen = np.asarray(users, dtype=np.int64), len(data.items), data.seen_keys() if seen is None else seen
+    users, N, seen = (np.asarray(users, dtype=np.int64), len(data.items),
+                      data.seen_keys() if seen is None else seen)
     low, high = np.searchsorted(seen, users * N), np.searchsorted(seen, (users + 1) * N)
 
     def unseen(row):

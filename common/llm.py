@@ -27,9 +27,10 @@ from transformers.utils import logging
 from common.run import UserError, progress
 
 TINY = Path(__file__).parent / "tiny"
-# cuDNN's attention, the first choice on Hopper, returns NaN gradients with some masks (pytorch issue 196678), and plans anew for each shape.
+# cuDNN's attention, the first choice on Hopper, returns NaN gradients with some masks (pytorch issue 196678),
+# and plans anew for each shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
-logging.disable_progress_bar()                        # of loading: seconds for what runs here, and lines between ours
+logging.disable_progress_bar()                # of loading: seconds for what runs here, and lines between ours
 logging.get_logger("huggingface_hub").setLevel(logging.ERROR)         # each of its retries is a line
 
 
@@ -52,18 +53,21 @@ def load(name, device="cpu", dtype=torch.float32):
     source = str(TINY) if name == "tiny" else str(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                           attn_implementation="sdpa", output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            attn_implementation="sdpa", output_loading_info=True)
     except torch.OutOfMemoryError:
         raise
-    except Exception as problem:                                      # of many kinds: a folder may hold anything
-        what = ("give a folder with config.json, tokenizer and model.safetensors, or a name and a network" if isinstance(problem, OSError)
-                else "take another one; code of a checkpoint is never run")
+    except Exception as problem:                      # of many kinds: a folder may hold anything
+        what = ("give a folder with config.json, tokenizer and model.safetensors, or a name and a network"
+                if isinstance(problem, OSError) else "take another one; code of a checkpoint is never run")
         raise UserError(f"--backbone {name}: cannot be loaded ({_first_line(problem)}); {what}") from None
-    if missing := sorted(info["missing_keys"]):                       # transformers would go on with random numbers there
-        raise UserError(f"--backbone {name}: its files lack {len(missing)} of the weights, such as {missing[0]}; get them anew")
+    if missing := sorted(info["missing_keys"]):       # transformers would go on with random numbers there
+        raise UserError(f"--backbone {name}: its files lack {len(missing)} of the weights, "
+                        f"such as {missing[0]}; get them anew")
     if (most := max(tokenizer.get_vocab().values())) >= (rows := model.get_input_embeddings().weight.shape[0]):
-        raise UserError(f"--backbone {name}: its tokenizer has the token {most}, its model only {rows} embeddings; resize these, or take another one")
+        raise UserError(f"--backbone {name}: its tokenizer has the token {most}, "
+                        f"its model only {rows} embeddings; resize these, or take another one")
     model = model.to(device).eval().requires_grad_(False)
     check_backbone(model, name)
     return model, tokenizer
@@ -127,10 +131,12 @@ def _frame(tokenizer, system):
     messages.append({"role": "user", "content": mark})
     if tokenizer.chat_template:
         try:
+            # date_string is of Llama's templates: a prompt is the same on any day
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                 date_string="26 Jul 2024")    # of Llama's templates: a prompt is the same on any day
+                                                 date_string="26 Jul 2024")
         except Exception as problem:                                  # jinja's, or what the template raises
-            raise UserError(f"--backbone: its chat template fails ({_first_line(problem)}); take another one") from None
+            raise UserError(f"--backbone: its chat template fails ({_first_line(problem)}); "
+                            "take another one") from None
     else:
         text = (tokenizer.bos_token or "") + "\n".join(m["content"] for m in messages) + "\n"
     if text.count(mark) != 1:
@@ -164,9 +170,9 @@ def chat(tokenizer, text, system=None):
     """One user message in the model's chat format -> token ids. A control token in `text` is tokenised as
     plain text: what users and titles say is data and can neither end the message nor open another.
 
-    A SentencePiece tokenizer that puts a space before every text puts one before the user's text and before what follows, too.
-    text may be a list of texts and slot numbers k >= 0: slot k becomes the id -1 - k, a place for a vector
-    (see `embed`).
+    A SentencePiece tokenizer that puts a space before every text puts one before the user's text and before
+    what follows, too. text may be a list of texts and slot numbers k >= 0: slot k becomes the id -1 - k, a
+    place for a vector (see `embed`).
     """
     before, after = _frame(tokenizer, system)
     inside = []
@@ -259,7 +265,8 @@ def width(model):
 
 def _check_length(model, n, what="a prompt"):
     if n > _positions(model):
-        raise UserError(f"--backbone: {what} would take {n} positions, and it has {_positions(model)}; lower --prompt-history or take another one")
+        raise UserError(f"--backbone: {what} would take {n} positions, and it has {_positions(model)}; "
+                        "lower --prompt-history or take another one")
 
 
 def embed(model, tokens, soft):
@@ -446,8 +453,8 @@ def pack(prompts, completions, lengths):
 
 
 def pack_tails(prefixes, tails):
-    """prefixes: B lists of token ids; tails: B lists of lists of token ids, which need not be alike in number or length
-    -> Packed."""
+    """prefixes: B lists of token ids; tails: B lists of lists of token ids, which need not be alike in number
+    or length -> Packed."""
     lengths = torch.zeros(len(tails), max(map(len, tails)), dtype=torch.long)
     completions = torch.zeros(*lengths.shape, max(len(t) for row in tails for t in row), dtype=torch.long)
     for b, row in enumerate(tails):
@@ -457,7 +464,8 @@ def pack_tails(prefixes, tails):
 
 
 def last_slots(packed):
-    """Which of packed_hidden's rows predicts the last token of each completion: one index for each that is not empty."""
+    """Which of packed_hidden's rows predicts the last token of each completion: one index for each that is not
+    empty."""
     length = packed.valid.sum(-1).flatten()
     return (length.cumsum(0) - 1)[length > 0]
 
@@ -512,7 +520,7 @@ class Scored:
 def packed_hidden(model, packed, soft=None):
     """Hidden states that predict the completion tokens (N, D), in the order of packed.valid's True ones.
     soft (B, K, D): the vectors of the slots in a row's tokens (see `embed`)."""
-    if packed.tokens.shape[1] > _positions(model):               # perhaps too long: only then wait for the numbers
+    if packed.tokens.shape[1] > _positions(model):      # perhaps too long: only then wait for the numbers
         _check_length(model, int(packed.position.max()) + 1)
     mask = block_mask(packed.owner, packed.owner, causal=True)
     hidden = _hidden(model, packed.tokens, packed.position, mask, None, soft)
@@ -530,10 +538,12 @@ def completion_logps(model, packed, temperature=1.0, hidden=False):
 
 
 def few_logits(model, hidden, ids):
-    """Logits (N, len(ids)) of a few tokens, such as Yes and No, in fp32: a bf16 head would round away how they differ."""
+    """Logits (N, len(ids)) of a few tokens, such as Yes and No, in fp32: a bf16 head would round away how they
+    differ."""
     head = model.get_output_embeddings()
     precise = torch.promote_types(hidden.dtype, torch.float32)
-    return F.linear(hidden.to(precise), head.weight[ids].to(precise), None if head.bias is None else head.bias[ids].to(precise))
+    return F.linear(hidden.to(precise), head.weight[ids].to(precise),
+                    None if head.bias is None else head.bias[ids].to(precise))
 
 
 def over_logits(model, fn, *hidden, beside=(), exact=()):
@@ -602,14 +612,14 @@ def encode(model, tokenizer, texts, batch_size=64, max_tokens=256, desc=None):
 
 
 class _ForkedCache:
-    """Keys and values of B prefixes (a filled DynamicCache), read by R rows each. Every layer in turn uses one pair of
-    buffers (B, R, heads, P + T, head_dim)."""
+    """Keys and values of B prefixes (a filled DynamicCache), read by R rows each. Every layer in turn uses one
+    pair of buffers (B, R, heads, P + T, head_dim)."""
 
     def __init__(self, prefixes, R):
         self.layers, self.R, self.buffers = prefixes.layers, R, None
 
     def update(self, keys, values, layer, *_, **__):
-        before = self.layers[layer].keys, self.layers[layer].values                           # (B, heads, P, head_dim)
+        before = self.layers[layer].keys, self.layers[layer].values     # (B, heads, P, head_dim)
         B, heads, P, _ = before[0].shape
         if self.buffers is None:
             self.buffers = [x.new_empty(B, self.R, heads, P + x.shape[2], x.shape[3]) for x in (keys, values)]
@@ -624,9 +634,9 @@ class _ForkedCache:
 
 @torch.no_grad()
 def after_tails(model, prefixes, tails):
-    """Last hidden states (N, D) of prefix b + each of tails[b], in order: B lists of token ids, B lists of such lists. A prefix
-    runs once. Its tails then share rows about half as long as the prefix: one row per tail would copy the prefix's keys too often,
-    one row for all would waste attention on other tails."""
+    """Last hidden states (N, D) of prefix b + each of tails[b], in order: B lists of token ids, B lists of such
+    lists. A prefix runs once. Its tails then share rows about half as long as the prefix: one row per tail
+    would copy the prefix's keys too often, one row for all would waste attention on other tails."""
     tokens, real, lengths = _right_padded(prefixes, model.device)
     prefix = DynamicCache(config=model.config)
     model.get_decoder()(input_ids=tokens, attention_mask=real.long(), past_key_values=prefix, use_cache=True)
@@ -635,11 +645,15 @@ def after_tails(model, prefixes, tails):
     _check_length(model, P + T)
     beside = min(most, max(1, P // (2 * T)))
     R = -(-most // beside)                                       # rows of a prefix
-    tokens, _, size = _right_padded([tail for row in tails for tail in [*row, *[[0] * T] * (R * beside - len(row))]], model.device)
-    position = (lengths[:, None] + torch.arange(T, device=model.device)).repeat_interleave(R, 0).repeat(1, beside)
+    tokens, _, size = _right_padded(
+        [tail for row in tails for tail in [*row, *[[0] * T] * (R * beside - len(row))]], model.device)
+    position = ((lengths[:, None] + torch.arange(T, device=model.device))
+                .repeat_interleave(R, 0).repeat(1, beside))
     own = torch.block_diag(*[torch.ones(T, T, device=model.device).tril()] * beside).bool()
-    mask = torch.cat([real.repeat_interleave(R, 0)[:, None].expand(-1, beside * T, -1), own.expand(B * R, -1, -1)], -1)[:, None]
-    hidden = _hidden(model, tokens.view(B * R, -1), position, mask, _ForkedCache(prefix, R)).view(len(tokens), T, -1)
+    mask = torch.cat([real.repeat_interleave(R, 0)[:, None].expand(-1, beside * T, -1),
+                      own.expand(B * R, -1, -1)], -1)[:, None]
+    hidden = _hidden(model, tokens.view(B * R, -1), position, mask,
+                     _ForkedCache(prefix, R)).view(len(tokens), T, -1)
     there = torch.tensor([k < len(row) for row in tails for k in range(R * beside)], device=model.device)
     return hidden[torch.arange(len(tokens), device=model.device), size - 1][there]
 

@@ -20,12 +20,14 @@ from common.run import UserError, write_atomically
 PEFT_PREFIX = "base_model.model."
 # PEFT can write more than this file computes. {key of adapter_config.json: the value of a plain LoRA}
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "lora_bias": False,
-         "fan_in_fan_out": False, "init_lora_weights": (True, False, "gaussian"), "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": []}
+         "fan_in_fan_out": False, "init_lora_weights": (True, False, "gaussian"),
+         "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": []}
 
 
 class _Down(torch.autograd.Function):
-    """x A^T in A's fp32. Autograd would keep the fp32 copy of x, one per layer; this keeps x, which layers beside each other share:
-    a third less memory in a bf16 model (with dropout on x there is a copy all the same)."""
+    """x A^T in A's fp32. Autograd would keep the fp32 copy of x, one per layer; this keeps x, which layers
+    beside each other share: a third less memory in a bf16 model (with dropout on x there is a copy all the
+    same)."""
 
     @staticmethod
     def forward(ctx, x, A):
@@ -45,7 +47,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank, alpha, dropout, generator=None):
         super().__init__()
         self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / rank, nn.Dropout(dropout)
-        bound = 1 / math.sqrt(base.in_features)       # Kaiming-uniform, a = sqrt(5), drawn on the CPU: the same anywhere
+        # Kaiming-uniform, a = sqrt(5), drawn on the CPU: the same anywhere
+        bound = 1 / math.sqrt(base.in_features)
         drawn = torch.zeros(rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(drawn.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
@@ -81,7 +84,8 @@ def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0
         raise ValueError("this model has LoRA layers already")
     head = model.get_output_embeddings()
     # the router of a mixture of experts is a subclass with a forward of its own, and none of these
-    plain = lambda m: isinstance(m, nn.Linear) and (type(m).forward is nn.Linear.forward or type(m).__name__ == "FalconLinear")
+    plain = lambda m: isinstance(m, nn.Linear) and (type(m).forward is nn.Linear.forward
+                                                    or type(m).__name__ == "FalconLinear")
     linear = {name: m for name, m in model.named_modules() if plain(m) and m is not head}
     if targets == "all-linear":
         chosen, missing = linear, [] if linear else [targets]
@@ -91,7 +95,8 @@ def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0
         missing = sorted(t for t, names in ends.items() if not names)
         chosen = {name: m for name, m in linear.items() if any(name in names for names in ends.values())}
     if missing or not chosen:
-        there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})) or "none (GPT-2's Conv1D is not one)"
+        there = (", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+                 or "none (GPT-2's Conv1D is not one)")
         raise UserError(f"--lora-targets {','.join(missing)}: no such linear layer; this model has {there}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -214,7 +219,8 @@ def load(model, folder):
         rank, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
         raise UserError(f"{folder}: no readable LoRA adapter there ({problem!r})") from None
-    other = [f"{key}={config[key]!r}" for key, plain in PLAIN.items() if config.get(key) not in (None, *(plain if isinstance(plain, tuple) else (plain,)))]
+    other = [f"{key}={config[key]!r}" for key, plain in PLAIN.items()
+             if config.get(key) not in (None, *(plain if isinstance(plain, tuple) else (plain,)))]
     if other:
         raise UserError(f"{folder}/adapter_config.json: only plain LoRA can be loaded, not "
                         f"{', '.join(other)}; save one without these options")

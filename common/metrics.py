@@ -34,9 +34,11 @@ def ndcg_at(ranks, k):
 def ranking_report(ranks, ks=(5, 10, 20), seed=0, draws=1000):
     """{"recall@5": mean, ..., "ndcg@10_ci": [low, high]}: 95 % bootstrap intervals over rows."""
     ranks = np.asarray(ranks)
-    values = {f"{name}@{k}": metric(ranks, k) for name, metric in (("recall", recall_at), ("ndcg", ndcg_at)) for k in ks}
+    values = {f"{name}@{k}": metric(ranks, k)
+              for name, metric in (("recall", recall_at), ("ndcg", ndcg_at)) for k in ks}
     rng, table = np.random.default_rng(seed), np.stack(list(values.values()), 1)             # (rows, metrics)
-    means = np.array([table[rng.integers(0, len(ranks), len(ranks))].mean(0) for _ in range(draws)])    # one draw at a time: (draws, rows) is GiBs
+    # one draw at a time: (draws, rows) is GiBs
+    means = np.array([table[rng.integers(0, len(ranks), len(ranks))].mean(0) for _ in range(draws)])
     report = {"n": len(ranks)}
     for (name, value), drawn in zip(values.items(), means.T):
         report[name] = round(float(value.mean()), 6)
@@ -91,7 +93,8 @@ def calibration(label, probability, bins=10):
 def summary(values, digits=6):
     """mean_std for JSON: {"mean": , "std": , "values": }, rounded; std None where there is none."""
     mean, std = mean_std(values)
-    return {"mean": round(mean, digits), "std": None if np.isnan(std) else round(std, digits), "values": [round(float(v), digits) for v in values]}
+    return {"mean": round(mean, digits), "std": None if np.isnan(std) else round(std, digits),
+            "values": [round(float(v), digits) for v in values]}
 
 
 def shown(cell):

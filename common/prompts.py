@@ -1,7 +1,7 @@
 """How items, histories and candidates are written for a language model: the lines that all prompts share.
 
-Titles are data. They are written on one line, shortened, and never parsed back: answers are letters (in lcft.py Yes or No), so that a title
-that holds `</answer>` or a letter of its own cannot be mistaken for one.
+Titles are data. They are written on one line, shortened, and never parsed back: answers are letters (in lcft.py
+Yes or No), so that a title that holds `</answer>` or a letter of its own cannot be mistaken for one.
 """
 
 import re

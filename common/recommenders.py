@@ -23,7 +23,8 @@ class AttentionUnit(nn.Module):
         self.second = nn.Linear(hidden, 1)
 
     def parts(self, q, k):
-        """W1's parts for q (..., D) and k (..., D): Wq + Wd applied, with the bias, Wk - Wd applied, and Wp itself."""
+        """W1's parts for q (..., D) and k (..., D): Wq + Wd applied, with the bias, Wk - Wd applied, and Wp
+        itself."""
         wq, wk, wd, wp = self.first.weight.split(self.dim, dim=1)              # each (H, D)
         return q @ (wq + wd).T + self.first.bias, k @ (wk - wd).T, wp
 
@@ -31,10 +32,13 @@ class AttentionUnit(nn.Module):
         """q (B, C, D) candidates, k (B, L, D) past items -> (B, C, L)."""
         of_q, of_k, wp = self.parts(q, k)                                      # (B, C, H), (B, L, H)
         B, L, D = k.shape
-        if q.shape[1] < self.hidden:                                           # few candidates: they take Wp, not the past
+        # few candidates: they take Wp, not the past
+        if q.shape[1] < self.hidden:
             both = k[:, None] @ (q[:, :, None] * wp).transpose(2, 3)           # (B, C, L, H)
-            return both.add_(of_q[:, :, None]).add_(of_k[:, None]).relu_() @ self.second.weight[0] + self.second.bias
-        keys = (k[:, :, None, :] * wp).reshape(B, L * self.hidden, D)          # product part as one matrix product
+            return (both.add_(of_q[:, :, None]).add_(of_k[:, None]).relu_() @ self.second.weight[0]
+                    + self.second.bias)
+        # product part as one matrix product
+        keys = (k[:, :, None, :] * wp).reshape(B, L * self.hidden, D)
         if torch.is_grad_enabled():
             both = (q @ keys.transpose(1, 2)).view(B, q.shape[1], L, self.hidden)
             return F.relu(both + of_q[:, :, None] + of_k[:, None]) @ self.second.weight[0] + self.second.bias
@@ -56,14 +60,15 @@ class AttentionUnit(nn.Module):
         row, k = place // k.shape[1], k.flatten(0, 1).index_select(0, place)   # (N,), (N, D)
         of_q, of_k, wp = self.parts(q, k)                                      # (B, C, H), (N, H)
         both = (q.index_select(0, row) * k[:, None]) @ wp.T                    # (N, C, H)
-        weights = both.add_(of_q.index_select(0, row)).add_(of_k[:, None]).relu_() @ self.second.weight[0] + self.second.bias
+        weights = (both.add_(of_q.index_select(0, row)).add_(of_k[:, None]).relu_() @ self.second.weight[0]
+                   + self.second.bias)
         return torch.zeros_like(q).index_add_(0, row, weights[..., None] * k[:, None])
 
 
-# ---------------------------------------------------------------------------------------------------- CTR models on fields
+# --------------------------------------------------------------------------------------- CTR models on fields
 def look(table, index):
-    """Rows of an nn.Embedding, (..., D) for index (...). Its gradient, an index_add, takes a CPU a third of the time of
-    F.embedding's, but the row of padding has one, too: mask what is padded."""
+    """Rows of an nn.Embedding, (..., D) for index (...). Its gradient, an index_add, takes a CPU a third of the
+    time of F.embedding's, but the row of padding has one, too: mask what is padded."""
     return table.weight.index_select(0, index.flatten()).view(*index.shape, -1)
 
 
@@ -82,15 +87,16 @@ class FM(nn.Module):
 
 
 class CIN(nn.Module):
-    """Compressed interaction network (xDeepFM, arXiv 1803.05170, eq. 6): x^k_h = relu(sum_ij W^k_hij x^(k-1)_i * x^0_j)."""
+    """Compressed interaction network (xDeepFM, arXiv 1803.05170, eq. 6): x^k_h = relu(sum_ij W^k_hij x^(k-1)_i
+    * x^0_j)."""
 
     def __init__(self, fields, sizes):
         super().__init__()
         self.mix = nn.ModuleList(nn.Linear(a * fields, b) for a, b in zip([fields, *sizes], sizes))
 
     def forward(self, e):
-        """e (B, F, D) -> (B, sum of sizes): each layer's maps, summed over D. A CPU takes few rows at a time: the products of
-        all would not stay in its cache."""
+        """e (B, F, D) -> (B, sum of sizes): each layer's maps, summed over D. A CPU takes few rows at a time:
+        the products of all would not stay in its cache."""
         if e.device.type == "cpu" and len(e) > 128:
             return torch.cat([self(rows) for rows in e.split(128)])
         x, out = e, []
@@ -102,8 +108,8 @@ class CIN(nn.Module):
 
 
 class InteractingLayer(nn.Module):
-    """Self-attention over fields (AutoInt, arXiv 1810.11921, eq. 5-8): heads side by side, residual, relu; the scores are
-    not scaled, as published."""
+    """Self-attention over fields (AutoInt, arXiv 1810.11921, eq. 5-8): heads side by side, residual, relu; the
+    scores are not scaled, as published."""
 
     def __init__(self, dim, heads=2):
         super().__init__()
@@ -112,18 +118,20 @@ class InteractingLayer(nn.Module):
 
     def forward(self, e):
         """e (B, F, D) -> (B, F, D)."""
-        split = lambda x: x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)                # (B, heads, F, D / heads)
+        split = lambda x: x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, F, D / heads)
         q, k, v = (split(f(e)) for f in (self.query, self.key, self.value))
         mixed = (q @ k.transpose(2, 3)).softmax(-1) @ v
         return F.relu(mixed.transpose(1, 2).flatten(2) + self.skip(e))
 
 
 class CrossNet(nn.Module):
-    """DCN (arXiv 1708.05123): x_l+1 = x_0 <x_l, w> + b + x_l. DCNv2 (arXiv 2008.13535): x_l+1 = x_0 * (W x_l + b) + x_l."""
+    """DCN (arXiv 1708.05123): x_l+1 = x_0 <x_l, w> + b + x_l. DCNv2 (arXiv 2008.13535): x_l+1 = x_0 * (W x_l +
+    b) + x_l."""
 
     def __init__(self, width, layers, matrix):
         super().__init__()
-        self.weight = nn.ModuleList(nn.Linear(width, width if matrix else 1, bias=matrix) for _ in range(layers))
+        self.weight = nn.ModuleList(nn.Linear(width, width if matrix else 1, bias=matrix)
+                                    for _ in range(layers))
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(0 if matrix else layers))
 
     def forward(self, x0):
@@ -135,44 +143,49 @@ class CrossNet(nn.Module):
 
 
 class CTR(nn.Module):
-    """Click model: logit = first order (deepfm, xdeepfm, autoint) + crossing + MLP, on fields of D numbers: user, item, the
-    past items, and where items have categories these of the item and of the past (5 fields, else 3).
+    """Click model: logit = first order (deepfm, xdeepfm, autoint) + crossing + MLP, on fields of D numbers:
+    user, item, the past items, and where items have categories these of the item and of the past (5 fields,
+    else 3).
 
     kind: deepfm, xdeepfm, autoint, dcn, dcnv2, din. They differ in the crossing alone, and DIN in the past: it weighs
-    past items by the candidate, all others take their mean. categories (n_items + 1, K): those of each shifted item, 0 =
-    none; an item has their mean. extra: width of further inputs of the MLP (KAR's vectors).
+    past items by the candidate, all others take their mean. categories (n_items + 1, K): those of each shifted
+    item, 0 = none; an item has their mean. extra: width of further inputs of the MLP (KAR's vectors).
     """
 
     def __init__(self, kind, n_users, n_items, categories, dim=64, hidden=(200, 80), dropout=0.1, extra=0):
         super().__init__()
         self.register_buffer("categories", torch.as_tensor(categories).long())
         n_categories = int(self.categories.max()) + 1
-        self.kind, self.kinds = kind, 2 if n_categories > 1 else 1         # of an item: its id, its categories
+        self.kind, self.kinds = kind, 2 if n_categories > 1 else 1      # of an item: its id, its categories
         n_fields = 1 + 2 * self.kinds
         width = n_fields * dim
         self.user, self.item = nn.Embedding(n_users, dim), nn.Embedding(n_items + 1, dim)
         self.category = nn.Embedding(n_categories, dim) if self.kinds == 2 else None
-        self.first_order = nn.ModuleList(nn.Embedding(n, 1) for n in (n_users, n_items + 1, n_categories)[:1 + self.kinds]
-                                         if kind in ("deepfm", "xdeepfm", "autoint"))
+        self.first_order = nn.ModuleList(
+            nn.Embedding(n, 1) for n in (n_users, n_items + 1, n_categories)[:1 + self.kinds]
+            if kind in ("deepfm", "xdeepfm", "autoint"))
         for table in filter(None, (self.user, self.item, self.category)):
             nn.init.normal_(table.weight, std=0.01)
         for table in self.first_order:
             nn.init.zeros_(table.weight)
         self.unit = AttentionUnit(self.kinds * dim) if kind == "din" else None
         self.fm = FM() if kind == "deepfm" else None
-        self.cross = (CIN(n_fields, (100, 100)) if kind == "xdeepfm" else InteractingLayer(dim) if kind == "autoint" else
-                      CrossNet(width, 3, False) if kind == "dcn" else CrossNet(width, 2, True) if kind == "dcnv2" else None)
+        self.cross = (CIN(n_fields, (100, 100)) if kind == "xdeepfm" else
+                      InteractingLayer(dim) if kind == "autoint" else
+                      CrossNet(width, 3, False) if kind == "dcn" else
+                      CrossNet(width, 2, True) if kind == "dcnv2" else None)
         crossed = 0 if self.cross is None else 200 if kind == "xdeepfm" else width
         sizes = [width + extra, *hidden]
-        self.mlp = nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:])
-                                   for layer in (nn.Linear(a, b), nn.ReLU(inplace=True), nn.Dropout(dropout))])
+        self.mlp = nn.Sequential(*[
+            layer for a, b in zip(sizes, sizes[1:])
+            for layer in (nn.Linear(a, b), nn.ReLU(inplace=True), nn.Dropout(dropout))])
         self.out = nn.Linear(hidden[-1] + crossed, 1)
 
     def fields(self, users, items, history, state=None):
-        """(B, C, F, D). state (B, D) takes the place of the user's embedding. The past is read once for all candidates of a
-        row; DIN weighs it once for each."""
+        """(B, C, F, D). state (B, D) takes the place of the user's embedding. The past is read once for all
+        candidates of a row; DIN weighs it once for each."""
         (B, C), D = items.shape, self.item.embedding_dim
-        mine = self.of_items(items)                                                           # (B, C, kinds D)
+        mine = self.of_items(items)                                             # (B, C, kinds D)
         if self.unit is not None:
             pooled = self.unit(mine, self.of_items(history), (history > 0).to(mine.dtype))
         else:
@@ -186,12 +199,13 @@ class CTR(nn.Module):
     def of_items(self, items):
         """(B, N) shifted ids -> (B, N, kinds D): the item, and its categories where there are any."""
         e = look(self.item, items)
-        return e if self.category is None else torch.cat([e, mean_of(self.category, self.categories[items])], -1)
+        return (e if self.category is None
+                else torch.cat([e, mean_of(self.category, self.categories[items])], -1))
 
     def forward(self, users, items, history, extra=None, state=None):
-        """users (B,), items (B, C) shifted by one, history (B, L) shifted, 0 = padding, extra (B, C, E), state (B, D) in place
-        of the user's embedding -> logits (B, C)."""
-        e = self.fields(users, items, history, state).flatten(0, 1)                                  # (B C, F, D)
+        """users (B,), items (B, C) shifted by one, history (B, L) shifted, 0 = padding, extra (B, C, E), state
+        (B, D) in place of the user's embedding -> logits (B, C)."""
+        e = self.fields(users, items, history, state).flatten(0, 1)             # (B C, F, D)
         flat = e.flatten(1)
         parts = [self.mlp(flat if extra is None else torch.cat([flat, extra.flatten(0, 1)], -1))]
         if self.cross is not None:
@@ -210,4 +224,5 @@ class CTR(nn.Module):
     def score_catalogue(self, users, history, chunk=512):
         """Logits of every item (B, n_items), column i = item id i (without the shift)."""
         every = torch.arange(1, self.item.num_embeddings, device=history.device)
-        return torch.cat([self(users, part.expand(len(users), -1), history) for part in every.split(chunk)], 1)
+        return torch.cat([self(users, part.expand(len(users), -1), history)
+                          for part in every.split(chunk)], 1)

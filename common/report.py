@@ -45,43 +45,54 @@ def number(x):
 
 def table(head, rows):
     """head: names; rows: lists of cells, numbers to the right -> HTML."""
-    is_number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) or isinstance(x, str) and " ± " in x
+    is_number = lambda x: (isinstance(x, (int, float)) and not isinstance(x, bool)
+                           or isinstance(x, str) and " ± " in x)
     right = [any(is_number(row[k]) for row in rows) for k in range(len(head))]
     top = "".join(f"<th{' class=n' if r else ''}>{text(h)}</th>" for h, r in zip(head, right))
     cells = lambda row: "".join(f"<td{' class=n' if is_number(x) else ''}>{number(x)}</td>" for x in row)
-    return f"<div class=wide><table><tr>{top}</tr>" + "".join(f"<tr>{cells(row)}</tr>" for row in rows) + "</table></div>"
+    return (f"<div class=wide><table><tr>{top}</tr>"
+            + "".join(f"<tr>{cells(row)}</tr>" for row in rows) + "</table></div>")
 
 
 def in_order(keys):
     """`overall` first, then by name, numbers within names by size: ndcg@5 before ndcg@10."""
-    return sorted(keys, key=lambda k: (k != "overall", [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", k)]))
+    return sorted(keys, key=lambda k: (
+        k != "overall", [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", k)]))
 
 
 def chart(lines, title, dots=False, square=None):
-    """lines: {name: [(x, y) or (x, y, half width of the band)]} -> an SVG figure. square: (low, high) of both axes, with
-    the diagonal. Three points or fewer are dots."""
+    """lines: {name: [(x, y) or (x, y, half width of the band)]} -> an SVG figure. square: (low, high) of both
+    axes, with the diagonal. Three points or fewer are dots."""
     lines = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in lines.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
     xs = [p[0] for points in lines.values() for p in points]
-    ys = [y for points in lines.values() for p in points for y in (p[1] - (p[2] if len(p) > 2 else 0), p[1] + (p[2] if len(p) > 2 else 0))]
+    ys = [y for points in lines.values() for p in points
+          for y in (p[1] - (p[2] if len(p) > 2 else 0), p[1] + (p[2] if len(p) > 2 else 0))]
     (x0, x1), (y0, y1) = ((square, square) if square else ((min(xs), max(xs)), (min(ys), max(ys))))
     at = lambda x, y: (44 + 240 * (x - x0) / ((x1 - x0) or 1), 120 - 110 * (y - y0) / ((y1 - y0) or 1))
     join = lambda points: " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in points))
-    parts = [f'<polyline points="{join([(x0, y0), (x1, y1)])}" fill="none" stroke="currentColor" stroke-dasharray="3" opacity=".4"/>'] if square else []
+    parts = [f'<polyline points="{join([(x0, y0), (x1, y1)])}" fill="none" stroke="currentColor" '
+             'stroke-dasharray="3" opacity=".4"/>'] if square else []
     for k, (name, points) in enumerate(lines.items()):
         colour = f"var(--{COLOURS[k % len(COLOURS)]})"
         if len(points[0]) > 2:
             band = [(p[0], p[1] - p[2]) for p in points] + [(p[0], p[1] + p[2]) for p in reversed(points)]
             parts.append(f'<polygon points="{join(band)}" fill="{colour}" opacity=".2"/>')
-        parts.append(f'<polyline points="{join([p[:2] for p in points])}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<polyline points="{join([p[:2] for p in points])}" fill="none" '
+                     f'stroke="{colour}" stroke-width="1.5"/>')
         if dots or len(points) <= 3:
-            parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in (at(*p[:2]) for p in points)]
-    axes = (f'<text x="40" y="12" text-anchor="end">{y1:.4g}</text><text x="40" y="122" text-anchor="end">{y0:.4g}</text>'
+            parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>'
+                      for a, b in (at(*p[:2]) for p in points)]
+    axes = (f'<text x="40" y="12" text-anchor="end">{y1:.4g}</text>'
+            f'<text x="40" y="122" text-anchor="end">{y0:.4g}</text>'
             f'<text x="44" y="135">{x0:g}</text><text x="284" y="135" text-anchor="end">{x1:g}</text>')
-    legend = "" if len(lines) == 1 else ": " + " · ".join(f'<span style="color:var(--{COLOURS[k % len(COLOURS)]})">{text(n)}</span>' for k, n in enumerate(lines))
-    return (f'<figure><svg viewBox="-12 0 302 140" role="img" aria-label="{text(title)}">{"".join(parts)}{axes}</svg>'
+    legend = "" if len(lines) == 1 else ": " + " · ".join(
+        f'<span style="color:var(--{COLOURS[k % len(COLOURS)]})">{text(n)}</span>'
+        for k, n in enumerate(lines))
+    return (f'<figure><svg viewBox="-12 0 302 140" role="img" aria-label="{text(title)}">'
+            f'{"".join(parts)}{axes}</svg>'
             f"<figcaption>{text(title)}{legend}</figcaption></figure>")
 
 
@@ -90,7 +101,8 @@ def read(path):
 
 
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    return ([json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            if path.exists() else [])
 
 
 def curves(folder):
@@ -99,12 +111,14 @@ def curves(folder):
     for record in read_lines(folder / "metrics.jsonl"):
         for key, value in record.items():
             if key not in ("phase", "step") and isinstance(value, (int, float)):
-                found.setdefault(record["phase"], {}).setdefault(key, []).append((record["step"], float(value)))
+                found.setdefault(record["phase"], {}).setdefault(key, []).append(
+                    (record["step"], float(value)))
     return found
 
 
 def picture(path):
-    return f'<img alt="{text(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">' if path.exists() else ""
+    return (f'<img alt="{text(path.stem)}" src="data:image/png;base64,'
+            f'{base64.b64encode(path.read_bytes()).decode()}">' if path.exists() else "")
 
 
 def flat(record, word=""):
@@ -118,29 +132,37 @@ def flat(record, word=""):
     return found
 
 
-# ------------------------------------------------------------------------------------------------ the methods' own pictures
+# -------------------------------------------------------------------------------- the methods' own pictures
 def lcft(folder, result):
     parts = ["<h2>Calibration</h2><div class=plots>"]
     for split in ("valid", "test"):
         points = [(p, y) for p, y, _ in result.get(split, {}).get("reliability", [])]
-        parts.append(chart({split: points}, f"{split}: share of likes against P(Yes)", dots=True, square=(0, 1)))
+        parts.append(chart({split: points}, f"{split}: share of likes against P(Yes)",
+                           dots=True, square=(0, 1)))
     parts.append("</div><h2>The surest contradictions</h2>")
     for c in read_lines(folder / "contradictions.jsonl"):
         asked = " · ".join(f"{q} <b>{text(a)}</b>" for q, a in ((text(q), a) for q, a in c["asked"].items()))
-        parts.append(f"<details><summary>{text(c['title'])} <span class=dim>user {text(c['user'])}, truth: {text(c['truth'])}</span><br>{asked}</summary>"
-                     f"<p>liked: {text('; '.join(c['liked']) or 'nothing yet')}<br>disliked: {text('; '.join(c['disliked']) or 'nothing yet')}</p></details>")
+        parts.append(f"<details><summary>{text(c['title'])} <span class=dim>user {text(c['user'])}, "
+                     f"truth: {text(c['truth'])}</span><br>{asked}</summary>"
+                     f"<p>liked: {text('; '.join(c['liked']) or 'nothing yet')}<br>"
+                     f"disliked: {text('; '.join(c['disliked']) or 'nothing yet')}</p></details>")
     return "".join(parts)
 
 
 def curec(folder, result):
     parts = ["<h2>Some users: pattern, recommendations, reasons and the attention on them</h2>"]
     for e in read_lines(folder / "examples.jsonl"):
-        parts.append(f"<details><summary>user {text(e['user'])}: {text(e['pattern'] or '(no pattern)')}</summary><p class=dim>last choices: {text('; '.join(e['history']))}</p>")
+        parts.append(f"<details><summary>user {text(e['user'])}: "
+                     f"{text(e['pattern'] or '(no pattern)')}</summary>"
+                     f"<p class=dim>last choices: {text('; '.join(e['history']))}</p>")
         for item in e["top"]:
             parts.append(f"<h3>{text(item['title'])} <span class=dim>score {item['score']:.2f}</span></h3>")
-            parts += [f"<div><span class=bar style='width:{8 * r['weight']:.2f}rem'></span> {r['weight']:.0%} {text(r['text'])}</div>" for r in item["reasons"]]
+            parts += [f"<div><span class=bar style='width:{8 * r['weight']:.2f}rem'></span> "
+                      f"{r['weight']:.0%} {text(r['text'])}</div>" for r in item["reasons"]]
             if item.get("no_reason") is not None:
-                parts.append(f"<div class=dim><span class=bar style='width:{8 * item['no_reason']:.2f}rem'></span> {item['no_reason']:.0%} no reason</div>")
+                parts.append("<div class=dim>"
+                             f"<span class=bar style='width:{8 * item['no_reason']:.2f}rem'></span> "
+                             f"{item['no_reason']:.0%} no reason</div>")
         parts.append("</details>")
     return "".join(parts).replace("<details>", "<details open>", 1)
 
@@ -149,9 +171,12 @@ def sllmr(folder, result):
     found = result.get("gate_map")
     if not found:
         return ""
-    cell = lambda a: "<td>–</td>" if a is None else f'<td class=n style="background:color-mix(in srgb, var(--a) {100 * a:.0f}%, transparent)">{a:.2f}</td>'
+    cell = lambda a: "<td>–</td>" if a is None else (
+        f'<td class=n style="background:color-mix(in srgb, var(--a) {100 * a:.0f}%, transparent)">'
+        f"{a:.2f}</td>")
     head = "".join(f"<th class=n>{text(p)}</th>" for p in found["popularity"])
-    rows = "".join(f"<tr><th>{text(h)}</th>{''.join(map(cell, row))}</tr>" for h, row in zip(found["history"], found["alpha"]))
+    rows = "".join(f"<tr><th>{text(h)}</th>{''.join(map(cell, row))}</tr>"
+                   for h, row in zip(found["history"], found["alpha"]))
     return ("<h2>The gate: mean α by length of history (down) and popularity of the item (across)</h2>"
             f"<div class=wide><table><tr><th></th>{head}</tr>{rows}</table></div>")
 
@@ -159,19 +184,30 @@ def sllmr(folder, result):
 def coco(folder, result):
     codes = read_lines(folder / "codes.jsonl")
     most = max([c["texts"] for c in codes], default=1) or 1
-    rows = "".join(f"<tr><td class=n>{c['code']}</td><td class=n>{c['texts']}</td><td style='min-width:8rem'><span class=bar style='width:{8 * c['texts'] / most:.2f}rem'></span></td>"
-                   f"<td>{text(' '.join(c['nearest_tokens']))}</td><td style='min-width:20rem'>{text(' | '.join('; '.join(u['titles'][-3:]) for u in c['typical_users']))}</td></tr>" for c in codes)
-    parts = [f"<h2>Codes</h2><div class=wide><table><tr><th>code</th><th>texts</th><th></th><th>nearest tokens</th><th>last choices of typical users</th></tr>{rows}</table></div>"] if codes else []
+    rows = "".join(f"<tr><td class=n>{c['code']}</td><td class=n>{c['texts']}</td>"
+                   "<td style='min-width:8rem'>"
+                   f"<span class=bar style='width:{8 * c['texts'] / most:.2f}rem'></span></td>"
+                   f"<td>{text(' '.join(c['nearest_tokens']))}</td><td style='min-width:20rem'>"
+                   f"{text(' | '.join('; '.join(u['titles'][-3:]) for u in c['typical_users']))}</td></tr>"
+                   for c in codes)
+    parts = ["<h2>Codes</h2><div class=wide><table><tr><th>code</th><th>texts</th><th></th>"
+             "<th>nearest tokens</th><th>last choices of typical users</th></tr>"
+             f"{rows}</table></div>"] if codes else []
     test, without = result.get("test", {}), result.get("test_without_llm", {})
-    gain = [[cell, test[cell], without[cell], test[cell] - without[cell]] for cell in in_order(without) if cell in test and cell != "log_loss"]
+    gain = [[cell, test[cell], without[cell], test[cell] - without[cell]]
+            for cell in in_order(without) if cell in test and cell != "log_loss"]
     if gain:
-        parts.append("<h2>Gain by group: AUC on test</h2>" + table(["users", "with the LLM", "same model without", "gain"], gain)
-                     + "<p class=dim>Without: this very model with the LLM's vectors left out, not one that was trained without an LLM.</p>")
+        parts.append("<h2>Gain by group: AUC on test</h2>"
+                     + table(["users", "with the LLM", "same model without", "gain"], gain)
+                     + "<p class=dim>Without: this very model with the LLM's vectors left out, "
+                       "not one that was trained without an LLM.</p>")
     return "".join(parts) + "<div class=plots>" + picture(folder / "map.png") + "</div>"
 
 
 def page(title, body):
-    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>{text(title)}</title>'
+    return ("<!doctype html><html lang=en><meta charset=utf-8>"
+            '<meta name=viewport content="width=device-width, initial-scale=1">'
+            f"<title>{text(title)}</title>"
             f"<style>{STYLE}</style><h1>{text(title)}</h1>{body}</html>\n")
 
 
@@ -181,43 +217,66 @@ def of_run(folder):
     result, facts, settings = (read(folder / f"{name}.json") for name in ("result", "header", "args"))
     script = result.get("script", "run")
     body = [f"<p><code>{text(facts.get('command', ''))}</code></p>"]
-    values = {k: dict(flat(result[k])) for k in ("test", "test_without_llm", "valid", "ranking", "popularity", "bayes_optimal") if isinstance(result.get(k), dict)}
-    body.append("<h2>Results</h2>" + ("<p class=dim>AUC, unless the name says otherwise</p>" if "overall" in values.get("test", {}) else ""))
-    ranking = [k for k in values if k == "ranking"]                                            # measured on rows of its own
+    values = {k: dict(flat(result[k]))
+              for k in ("test", "test_without_llm", "valid", "ranking", "popularity", "bayes_optimal")
+              if isinstance(result.get(k), dict)}
+    body.append("<h2>Results</h2>" + ("<p class=dim>AUC, unless the name says otherwise</p>"
+                                      if "overall" in values.get("test", {}) else ""))
+    ranking = [k for k in values if k == "ranking"]              # measured on rows of its own
     for kinds in filter(None, ([k for k in values if k not in ranking], ranking)):
         keys = in_order({key for k in kinds for key in values[k]})
-        body.append(table(["", *[k.replace("_", " ") for k in kinds]], [[key, *[values[k].get(key, "") for k in kinds]] for key in keys]))
+        body.append(table(["", *[k.replace("_", " ") for k in kinds]],
+                          [[key, *[values[k].get(key, "") for k in kinds]] for key in keys]))
     own = {"lcft": lcft, "curec": curec, "sllmr": sllmr, "coco": coco}.get(script)
     body.append(own(folder, result) if own else "")
     for phase, by_key in curves(folder).items():
-        still = {key: points[0][1] for key, points in by_key.items() if max(abs(y - points[0][1]) for _, y in points) < 1e-4}
-        body.append(f"<h2>Phase {text(phase)}</h2><div class=plots>" + "".join(chart({key: points}, key) for key, points in by_key.items() if key not in still) + "</div>")
-        body.append(f"<p class=dim>constant: {', '.join(f'{text(key)} {number(y)}' for key, y in still.items())}</p>" if still else "")
+        still = {key: points[0][1] for key, points in by_key.items()
+                 if max(abs(y - points[0][1]) for _, y in points) < 1e-4}
+        body.append(f"<h2>Phase {text(phase)}</h2><div class=plots>"
+                    + "".join(chart({key: points}, key) for key, points in by_key.items() if key not in still)
+                    + "</div>")
+        body.append("<p class=dim>constant: "
+                    f"{', '.join(f'{text(key)} {number(y)}' for key, y in still.items())}</p>"
+                    if still else "")
     rest = flat({k: v for k, v in result.items() if k not in values})
     body.append("<h2>What else it reported</h2>" + table(["", ""], [list(pair) for pair in rest]))
-    body.append("<h2>Settings</h2><details><summary>every flag</summary>" + table(["flag", "value"], [["--" + k.replace("_", "-"), str(v)] for k, v in settings.items()]) + "</details>")
-    body.append("<h2>Machine and data</h2>" + table(["", ""], [[k, str(v)] for k, v in facts.items() if k != "command"]))
-    return page(f"{script}: {folder.name}" + (f", seed {settings['seed']}" if "seed" in settings else ""), "".join(body))
+    body.append("<h2>Settings</h2><details><summary>every flag</summary>"
+                + table(["flag", "value"],
+                        [["--" + k.replace("_", "-"), str(v)] for k, v in settings.items()]) + "</details>")
+    body.append("<h2>Machine and data</h2>"
+                + table(["", ""], [[k, str(v)] for k, v in facts.items() if k != "command"]))
+    return page(f"{script}: {folder.name}" + (f", seed {settings['seed']}" if "seed" in settings else ""),
+                "".join(body))
 
 
 def compare(folders):
-    """The HTML of several runs: seeds of one setting (folders NAME-sSEED or sSEED/NAME) are one row, mean ± std, and one band."""
+    """The HTML of several runs: seeds of one setting (folders NAME-sSEED or sSEED/NAME) are one row, mean ±
+    std, and one band."""
     groups, root = {}, Path(os.path.commonpath([Path(f).parent for f in folders]))
     for folder in map(Path, folders):
-        name = "/".join(re.sub(r"-s\d+$", "", part) for part in folder.relative_to(root).parts if not re.fullmatch(r"s\d+", part))
+        name = "/".join(re.sub(r"-s\d+$", "", part) for part in folder.relative_to(root).parts
+                        if not re.fullmatch(r"s\d+", part))
         groups.setdefault(name or folder.name, []).append(folder)
-    results = {name: [dict(flat(read(f / "result.json").get("test", {}))) for f in found] for name, found in groups.items()}
-    keys = in_order({k for rs in results.values() for r in rs for k, v in r.items() if isinstance(v, (int, float)) and k != "n"})
+    results = {name: [dict(flat(read(f / "result.json").get("test", {}))) for f in found]
+               for name, found in groups.items()}
+    keys = in_order({k for rs in results.values() for r in rs for k, v in r.items()
+                     if isinstance(v, (int, float)) and k != "n"})
     rows = []
     for name, rs in results.items():
         cells = [mean_std([r[k] for r in rs]) if all(k in r for r in rs) else None for k in keys]
-        rows.append([name, len(rs), *["" if c is None else f"{c[0]:.3f} ± {c[1]:.3f}" if len(rs) > 1 else c[0] for c in cells]])
+        rows.append([name, len(rs), *["" if c is None else f"{c[0]:.3f} ± {c[1]:.3f}" if len(rs) > 1 else c[0]
+                                      for c in cells]])
     body = ["<h2>Test</h2>" + table(["", "runs", *keys], rows)]
     settings = {name: read(found[0] / "args.json") for name, found in groups.items()}
-    flags = [k for k in dict.fromkeys(k for s in settings.values() for k in s) if k not in ("run", "seed") and len({json.dumps(s.get(k)) for s in settings.values()}) > 1]
+    flags = [k for k in dict.fromkeys(k for s in settings.values() for k in s)
+             if k not in ("run", "seed") and len({json.dumps(s.get(k)) for s in settings.values()}) > 1]
     facts = read(Path(folders[0]) / "header.json")
-    body.append("<h2>What differs</h2>" + table(["", *["--" + k.replace("_", "-") for k in flags]], [[name, *[str(s.get(k, "")) for k in flags]] for name, s in settings.items()]) if flags else "")
-    body.append("<h2>What was run</h2>" + table(["", ""], [[k, str(v)] for k, v in facts.items() if k != "minutes"]))
+    body.append("<h2>What differs</h2>"
+                + table(["", *["--" + k.replace("_", "-") for k in flags]],
+                        [[name, *[str(s.get(k, "")) for k in flags]] for name, s in settings.items()])
+                if flags else "")
+    body.append("<h2>What was run</h2>"
+                + table(["", ""], [[k, str(v)] for k, v in facts.items() if k != "minutes"]))
     drawn = {}
     for name, found in groups.items():
         for many in [curves(f) for f in found]:
@@ -233,9 +292,11 @@ def compare(folders):
             stats = [(s, *mean_std([dict(points)[s] for points in many])) for s in steps]
             lines[name] = [p if p[2] == p[2] else p[:2] for p in stats]
         body.append(chart(lines, f"{phase}: {key}"))
-    above = {folder for f in map(Path, folders) for folder in f.parents if folder.is_relative_to(root)}    # what an ablation drew
+    # what an ablation drew
+    above = {folder for f in map(Path, folders) for folder in f.parents if folder.is_relative_to(root)}
     pictures = [picture(path) for folder in sorted(above) for path in sorted(folder.glob("*.png"))]
-    return page("Comparison of runs", "".join(body) + "</div>" + ("<h2>Pictures</h2>" + "".join(pictures) if pictures else ""))
+    return page("Comparison of runs", "".join(body) + "</div>"
+                + ("<h2>Pictures</h2>" + "".join(pictures) if pictures else ""))
 
 
 def write(folders, out):

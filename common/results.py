@@ -3,7 +3,7 @@
     python -m common.results                    # everything, resumable; hours on 2 cores
     python -m common.results --method lcft --data toy
     python -m common.results --render           # only write the tables of finished runs
-    python -m common.results --method sllmr --data toy --against none    # print differences, seed by seed, to a row of a table
+    python -m common.results --method sllmr --data toy --against none    # differences, seed by seed, to a row
 
 A table stands in the README below the line that holds its command; no number in it is typed. What it is made of, the
 values by seed, is kept in figures/METHOD-DATA.json.
@@ -25,38 +25,61 @@ from common.run import Parser, write_atomically
 ROOT = Path(__file__).parent.parent
 COMMANDS = (   # method, data, flags, the picture that the README shows
     ("curec", "toy", "--ablations --seeds 0,1,2 --data toy", None),
-    ("curec", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 1000 --variants 'ids only' --min-interactions 1 --negative-power 0.75 --rm-epochs 10", None),
-    ("lcft", "toy", "--ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 "
-                    "--variants off,official:1e-4,official:1e-2,paper,swap,neg-ce", "ece.png"),
-    ("lcft", "toy-long", "--ablations --seeds 0,1,2 --data toy --steps 400 --batch 32 --eval-every 50 --eval-rows 500 --lora-targets all-linear --lora-rank 16 "
-                         "--keep last --variants off,paper:0.1,swap:1,neg-ce:1", None),
-    ("lcft", "ml100k-long", "--ablations --seeds 0,1,2 --data ml100k --steps 1500 --batch 16 --eval-every 250 --eval-rows 1000 --prompt-history 3 "
-                            "--lora-targets all-linear --lora-rank 16 --keep last --variants off,swap:1,swap:3,neg-ce:1", None),
-    ("lcft", "ml100k", "--ablations --seeds 0,1,2 --data ml100k --steps 400 --batch 16 --eval-every 100 --eval-rows 400 --prompt-history 3 "
-                       "--lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
-                       "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
-    ("sllmr", "toy", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --lr 3e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 30 "
-                     "--patience 4 --rank-users 100 --margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 --lams 0.1 "
-                     "--variants 'none,ones,paper,fixed,agreement,no prior,truth' --recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
-    ("sllmr", "toy-redraw", "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --redraw --lr 3e-2 --weight-decay 1e-4 --batch 1024 "
-                            "--dim 32 --epochs 30 --patience 4 --rank-users 100 --margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 "
-                            "--lams 0.1 --variants 'none,ones,agreement,no prior,truth' --recommenders dcnv2,din", None),
-    ("sllmr", "amazon-beauty", "--ablations --seeds 0,1,2 --data amazon-beauty --brand --variants none --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
-                               "--recommenders deepfm,xdeepfm,dcnv2,din,dcn,autoint", None),
-    ("sllmr", "amazon-beauty-llm", "--ablations --seeds 0,1,2 --data amazon-beauty --scored-users 1000 --candidates 10 --extra 0.02 --tune-steps 200 "
-                                   "--prompt-history 5 --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --rank-users 100 "
-                                   "--variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
-    ("sllmr", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 1000 --cold-users 0.3 --candidates 10 --tune-steps 200 --prompt-history 5 --lr 1e-2 "
-                      "--weight-decay 1e-5 --batch 1024 --dim 32 --rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
-    ("coco", "toy", "--ablations --seeds 0,1,2 --data toy:600x2000x15000 --variants 'no LLM,no LLM but categories,static,codebook,"
-                    "codebook and categories,full,adapt all,judge all,recommender too,recommender alone'", "pilot.png"),
-    ("coco", "toy-parts", "--ablations --seeds 0,1,2 --data toy:400x1300x8000 --epochs 4 "
-                          "--variants 'codebook,shared,mixture,mean pool,no match,ste,ema,no reset'", None),
-    ("coco", "ml1m", "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --epochs 3 "
-                     "--variants 'no LLM,no LLM but categories,static,codebook'", "pilot.png"),
+    ("curec", "ml1m",
+     "--ablations --seeds 0,1,2 --data ml1m --users 1000 --variants 'ids only' "
+     "--min-interactions 1 --negative-power 0.75 --rm-epochs 10", None),
+    ("lcft", "toy",
+     "--ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 "
+     "--variants off,official:1e-4,official:1e-2,paper,swap,neg-ce", "ece.png"),
+    ("lcft", "toy-long",
+     "--ablations --seeds 0,1,2 --data toy --steps 400 --batch 32 --eval-every 50 --eval-rows 500 "
+     "--lora-targets all-linear --lora-rank 16 --keep last --variants off,paper:0.1,swap:1,neg-ce:1", None),
+    ("lcft", "ml100k-long",
+     "--ablations --seeds 0,1,2 --data ml100k --steps 1500 --batch 16 --eval-every 250 --eval-rows 1000 "
+     "--prompt-history 3 --lora-targets all-linear --lora-rank 16 --keep last "
+     "--variants off,swap:1,swap:3,neg-ce:1", None),
+    ("lcft", "ml100k",
+     "--ablations --seeds 0,1,2 --data ml100k --steps 400 --batch 16 --eval-every 100 --eval-rows 400 "
+     "--prompt-history 3 --lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
+     "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
+    ("sllmr", "toy",
+     "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 "
+     "--lr 3e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 30 --patience 4 --rank-users 100 "
+     "--margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 --lams 0.1 "
+     "--variants 'none,ones,paper,fixed,agreement,no prior,truth' "
+     "--recommenders deepfm,dcnv2,din,dcn,autoint", "dcnv2/gate.png"),
+    ("sllmr", "toy-redraw",
+     "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --redraw "
+     "--lr 3e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 30 --patience 4 --rank-users 100 "
+     "--margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 --lams 0.1 "
+     "--variants 'none,ones,agreement,no prior,truth' --recommenders dcnv2,din", None),
+    ("sllmr", "amazon-beauty",
+     "--ablations --seeds 0,1,2 --data amazon-beauty --brand --variants none "
+     "--lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
+     "--recommenders deepfm,xdeepfm,dcnv2,din,dcn,autoint", None),
+    ("sllmr", "amazon-beauty-llm",
+     "--ablations --seeds 0,1,2 --data amazon-beauty --scored-users 1000 --candidates 10 --extra 0.02 "
+     "--tune-steps 200 --prompt-history 5 --lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 "
+     "--rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
+    ("sllmr", "ml1m",
+     "--ablations --seeds 0,1,2 --data ml1m --users 1000 --cold-users 0.3 --candidates 10 "
+     "--tune-steps 200 --prompt-history 5 --lr 1e-2 --weight-decay 1e-5 --batch 1024 --dim 32 "
+     "--rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
+    ("coco", "toy",
+     "--ablations --seeds 0,1,2 --data toy:600x2000x15000 "
+     "--variants 'no LLM,no LLM but categories,static,codebook,codebook and categories,full,"
+     "adapt all,judge all,recommender too,recommender alone'", "pilot.png"),
+    ("coco", "toy-parts",
+     "--ablations --seeds 0,1,2 --data toy:400x1300x8000 --epochs 4 "
+     "--variants 'codebook,shared,mixture,mean pool,no match,ste,ema,no reset'", None),
+    ("coco", "ml1m",
+     "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --epochs 3 "
+     "--variants 'no LLM,no LLM but categories,static,codebook'", "pilot.png"),
     # last: it stops where wordllama, an optional package, is missing
-    ("sllmr", "amazon-beauty-encoder", "--ablations --seeds 0,1,2 --data amazon-beauty --brand --scorer encoder --candidates 10 --extra 0.02 --lr 1e-2 "
-                                       "--weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
+    ("sllmr", "amazon-beauty-encoder",
+     "--ablations --seeds 0,1,2 --data amazon-beauty --brand --scorer encoder --candidates 10 --extra 0.02 "
+     "--lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
+     "--variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
 )
 
 
@@ -69,46 +92,54 @@ def folder(method, data):
 
 
 def markdown(rows):
-    """{name: {column: {"mean", "std"} or a number}} -> the lines of a Markdown table; a column that a row lacks is empty."""
+    """{name: {column: {"mean", "std"} or a number}} -> the lines of a Markdown table; a column that a row lacks
+    is empty."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
 
     def cell(value):
         if value is None:
             return ""
         digits = 1 if abs(value["mean"]) >= 10 else 3
-        return f"{value['mean']:.{digits}f}" + ("" if value["std"] is None else f" ± {value['std']:.{digits}f}")
+        return (f"{value['mean']:.{digits}f}"
+                + ("" if value["std"] is None else f" ± {value['std']:.{digits}f}"))
     return ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)] + [
         f"| {name} | " + " | ".join(cell(row.get(c)) for c in columns) + " |" for name, row in rows.items()]
 
 
 def against(rows, base):
-    """What each row gains over the row `base`, seed by seed: {name: {column: summary of the differences}}. Rows are called
-    NAME or NAME VALUE; where tables of several models are one ("MODEL, NAME"), each is compared within its model, and
-    "mean, NAME VALUE" is the mean over the models. Raises ValueError where there is no such row."""
-    parts = {name: name.rpartition(", ")[::2] for name in rows}                               # model (or nothing), name with its value
-    bases = {model: rows[name] for name, (model, variant) in parts.items() if re.fullmatch(re.escape(base) + r"( [\d.e-]+)?", variant)}
+    """What each row gains over the row `base`, seed by seed: {name: {column: summary of the differences}}. Rows
+    are called NAME or NAME VALUE; where tables of several models are one ("MODEL, NAME"), each is compared
+    within its model, and "mean, NAME VALUE" is the mean over the models. Raises ValueError where there is no
+    such row."""
+    parts = {name: name.rpartition(", ")[::2] for name in rows}   # model (or nothing), name with its value
+    bases = {model: rows[name] for name, (model, variant) in parts.items()
+             if re.fullmatch(re.escape(base) + r"( [\d.e-]+)?", variant)}
     gains, means = {}, {}
     for name, (model, variant) in parts.items():
         if model not in bases:
             raise ValueError(f"no row {base} beside {name}")
         if rows[name] is not bases[model]:
-            gains[name] = {c: np.subtract(cell["values"], bases[model][c]["values"]) for c, cell in rows[name].items() if c in bases[model]}
+            gains[name] = {c: np.subtract(cell["values"], bases[model][c]["values"])
+                           for c, cell in rows[name].items() if c in bases[model]}
             means.setdefault(variant, []).append(gains[name])
     if len(bases) > 1:
-        gains |= {f"mean, {name}": {c: np.mean([g[c] for g in found], 0) for c in found[0]} for name, found in means.items()}
+        gains |= {f"mean, {name}": {c: np.mean([g[c] for g in found], 0) for c in found[0]}
+                  for name, found in means.items()}
     return {name: {c: metrics.summary(v) for c, v in row.items()} for name, row in gains.items()}
 
 
 def put(readme, line, table):
-    """The README with the first table after the line that holds `line`, and the line below it, replaced. Raises ValueError
-    where there is none."""
+    """The README with the first table after the line that holds `line`, and the line below it, replaced. Raises
+    ValueError where there is none."""
     lines = readme.split("\n")
     at = next((k for k, text in enumerate(lines) if f"`{line}`" in text), None)
-    start = next((k for k in range(at, len(lines)) if lines[k].startswith("|")), None) if at is not None else None
+    start = (next((k for k in range(at, len(lines)) if lines[k].startswith("|")), None)
+             if at is not None else None)
     if start is None or any(re.match("#+ ", text) for text in lines[at:start]):
         raise ValueError(f"the README has no table below `{line}`")
     end = next((k for k in range(start, len(lines)) if not lines[k].startswith("|")), len(lines))
-    if lines[end + 1:end + 2] and lines[end + 1].startswith(("Seeds ", "Measured with ")):  # the line below a table
+    # the line below a table
+    if lines[end + 1:end + 2] and lines[end + 1].startswith(("Seeds ", "Measured with ")):
         end += 2
     return "\n".join(lines[:start] + table + lines[end:])
 
@@ -116,12 +147,13 @@ def put(readme, line, table):
 def made(record):
     """The line below a table: what it took, and which code it was."""
     minutes = f", {record['minutes']:,} minutes in all" if record["minutes"] else ""
-    return f"Seeds {', '.join(map(str, record['seeds']))}; {record['runs']} runs{minutes}; commit {', '.join(record['commits'])}."
+    return (f"Seeds {', '.join(map(str, record['seeds']))}; {record['runs']} runs{minutes}; "
+            f"commit {', '.join(record['commits'])}.")
 
 
 def render(path, chosen=COMMANDS, base=ROOT):
-    """Take the tables and pictures of finished runs over into figures/ beside the README at path, and write all tables that
-    are there into it; returns which."""
+    """Take the tables and pictures of finished runs over into figures/ beside the README at path, and write all
+    tables that are there into it; returns which."""
     readme, done, kept = path.read_text(encoding="utf-8"), [], path.parent / "figures"
     kept.mkdir(exist_ok=True)
     for method, data, flags, picture in chosen:
@@ -138,7 +170,8 @@ def render(path, chosen=COMMANDS, base=ROOT):
 
 
 def print_gains(names, base, kept=ROOT / "figures"):
-    """`against` for those of these tables (METHOD-DATA) that are there; one line and status 1 where that cannot be."""
+    """`against` for those of these tables (METHOD-DATA) that are there; one line and status 1 where that cannot
+    be."""
     finished = [name for name in names if (kept / f"{name}.json").exists()]
     if not finished:
         sys.exit(f"error: {kept} has no table {' or '.join(names)}; run make results first")
@@ -149,7 +182,8 @@ def print_gains(names, base, kept=ROOT / "figures"):
         except ValueError as problem:
             sys.exit(f"error: {name}: {problem}")
         except KeyError:
-            sys.exit(f"error: {name}: its table was made by an earlier version and has no values by seed; run make results again")
+            sys.exit(f"error: {name}: its table was made by an earlier version and has no values by seed; "
+                     "run make results again")
         print("\n".join([f"{name}: differences to {base}, mean ± std over seeds", *markdown(gains)]))
 
 
@@ -158,7 +192,8 @@ def main(argv=None):
     parser.add_argument("--method", help="one of " + ", ".join(sorted({m for m, *_ in COMMANDS})))
     parser.add_argument("--data", help="one of " + ", ".join(sorted({d for _, d, *_ in COMMANDS})))
     parser.add_argument("--render", action="store_true", help="run nothing")
-    parser.add_argument("--against", metavar="ROW", help="run nothing; print what each row of the finished tables gains over this one")
+    parser.add_argument("--against", metavar="ROW",
+                        help="run nothing; print what each row of the finished tables gains over this one")
     args = parser.parse_args(argv)
     chosen = [c for c in COMMANDS if args.method in (None, "", c[0]) and args.data in (None, "", c[1])]
     if not chosen:
@@ -167,7 +202,8 @@ def main(argv=None):
         return print_gains([f"{method}-{data}" for method, data, *_ in chosen], args.against)
     for method, data, flags, _ in () if args.render else chosen:
         print(f"\n##### {command(method, flags)}", flush=True)
-        out = subprocess.run([sys.executable, f"{method}.py", *shlex.split(flags), "--run", str(folder(method, data)), "--resume"], cwd=ROOT)
+        out = subprocess.run([sys.executable, f"{method}.py", *shlex.split(flags),
+                              "--run", str(folder(method, data)), "--resume"], cwd=ROOT)
         if out.returncode:
             sys.exit(out.returncode)
     print("tables written: " + ", ".join(render(ROOT / "README.md", chosen)))

@@ -37,12 +37,12 @@ class UserError(Exception):
     """A mistake of the user's, told in one line: what, where (file:line) and what to do. Exit status 1."""
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------------------- command line
 def comments(Args):
     """Read {field: (group, help)} from the dataclass source: `# -- group` lines and trailing comments."""
     group, found, last = "options", {}, None
     for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(Args)).readline):
-        if token.string == "def":                             # the fields end here
+        if token.string == "def":                     # the fields end here
             break
         if token.type != tokenize.COMMENT:
             continue
@@ -52,13 +52,14 @@ def comments(Args):
         elif name:
             last = name[1]
             found[last] = (group, text)
-        elif last:                                            # a line of its own below a field goes on with its help
+        elif last:                                    # a line of its own below a field goes on with its help
             found[last] = (group, found[last][1] + " " + text)
     return found
 
 
 def converter(hint):
-    """The strict argparse type of a field: no 1.5 for an int, no nan, commas for tuples; None only by leaving it out."""
+    """The strict argparse type of a field: no 1.5 for an int, no nan, commas for tuples; None only by leaving
+    it out."""
     origin, parts = typing.get_origin(hint), [a for a in typing.get_args(hint) if a is not type(None)]
     if origin in (types.UnionType, typing.Union):
         return converter(parts[0])
@@ -100,16 +101,18 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             near = difflib.get_close_matches(unknown[1], list(self._option_string_actions), 1)
-            message = f"unknown flag {unknown[1]}" + (f", did you mean {near[0]}?" if near else "; see --help")
+            message = (f"unknown flag {unknown[1]}"
+                       + (f", did you mean {near[0]}?" if near else "; see --help"))
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 def parse(Args, doc, argv=None):
     """Command line -> Args. Exits with status 2 and one line on a usage error; Args.check() may raise ValueError."""
-    parser = Parser(usage="%(prog)s [flags]", description=(doc or "").split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
-    parser._negative_number_matcher = re.compile(r"-\.?\d")                  # argparse takes -1,0,0 and -3e-2 for flags
+    parser = Parser(
+        usage="%(prog)s [flags]", description=(doc or "").split("\n\n")[0], allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
+    parser._negative_number_matcher = re.compile(r"-\.?\d")   # argparse takes -1,0,0 and -3e-2 for flags
     groups, notes, hints = {}, comments(Args), typing.get_type_hints(Args)
     for field in dataclasses.fields(Args):
         group, text = notes.get(field.name, ("options", ""))
@@ -117,7 +120,8 @@ def parse(Args, doc, argv=None):
         flag, hint, shown = "--" + field.name.replace("_", "-"), hints[field.name], field.default
         if isinstance(shown, tuple):
             shown = ",".join(map(str, shown))
-        text = text.replace("%", "%%") + ("" if shown in (None, "") or shown is False else " [on]" if shown is True else f" [{shown}]")
+        text = text.replace("%", "%%") + (
+            "" if shown in (None, "") or shown is False else " [on]" if shown is True else f" [{shown}]")
         if hint is bool:
             box.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         elif choices := literal(hint):
@@ -142,16 +146,18 @@ def parse(Args, doc, argv=None):
 
 
 def at_least(args, least, names):
-    """Raise ValueError unless the arguments (their names, in one string) are None or at least this, each number of a tuple."""
+    """Raise ValueError unless the arguments (their names, in one string) are None or at least this, each number
+    of a tuple."""
     for name in names.split():
         value = getattr(args, name, None)
         if value is not None and any(x < least for x in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(f"--{name.replace('_', '-')} must " + (f"be at least {least}" if least else "not be negative"))
+            raise ValueError(f"--{name.replace('_', '-')} must "
+                             + (f"be at least {least}" if least else "not be negative"))
 
 
 def main(Args, train, doc, argv=None):
     """Run train(parse(...)). A user's mistake is one line on standard error and status 1, an interrupt status 130."""
-    for stream in (sys.stdout, sys.stderr):                                  # a terminal without λ shows ? instead of a traceback
+    for stream in (sys.stdout, sys.stderr):         # a terminal without λ shows ? instead of a traceback
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     args = parse(Args, doc, argv)
@@ -160,8 +166,10 @@ def main(Args, train, doc, argv=None):
         try:
             train(args)
         except BaseException:                                                # Ctrl-C, too
-            for run in (r for r in Run.made if r.folder.is_dir()):           # a run that got nowhere would be in the way of the next
-                if all(f.name in ("args.json", "header.json") or f.is_file() and not f.stat().st_size for f in run.folder.iterdir()):
+            # a run that got nowhere would be in the way of the next
+            for run in (r for r in Run.made if r.folder.is_dir()):
+                if all(f.name in ("args.json", "header.json") or f.is_file() and not f.stat().st_size
+                       for f in run.folder.iterdir()):
                     shutil.rmtree(run.folder)
                     if run.replaced and run.replaced.is_dir():
                         run.replaced.rename(run.folder)
@@ -170,17 +178,19 @@ def main(Args, train, doc, argv=None):
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command with --resume goes on from the last checkpoint",
+              file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or the interpreter complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
         sys.exit(1)
     except torch.OutOfMemoryError as problem:
-        print(f"error: out of device memory ({str(problem).splitlines()[0]}); lower the batch, the group or the "
-              "token limits, or take a smaller --backbone", file=sys.stderr)
+        print(f"error: out of device memory ({str(problem).splitlines()[0]}); lower the batch, the group "
+              "or the token limits, or take a smaller --backbone", file=sys.stderr)
         sys.exit(1)
     except SafetensorError as problem:
-        print(f"error: a checkpoint could not be written ({str(problem).splitlines()[0]}); mend that, then --resume", file=sys.stderr)
+        print(f"error: a checkpoint could not be written ({str(problem).splitlines()[0]}); "
+              "mend that, then --resume", file=sys.stderr)
         sys.exit(1)
     except OSError as problem:
         print(f"error: {problem.strerror or problem}: {problem.filename or 'file'}", file=sys.stderr)
@@ -193,7 +203,7 @@ def progress(iterable, desc=None, total=None, initial=0):
                 mininterval=0.2 if sys.stderr.isatty() else 30, delay=2, file=sys.stderr, leave=False)
 
 
-# -------------------------------------------------------------------------------------------------------- run folder
+# ------------------------------------------------------------------------------------------------- run folder
 def write_atomically(path, text):
     """All of it or nothing: write beside, flush to disk, replace."""
     beside = Path(f"{path}.tmp")
@@ -206,17 +216,20 @@ def write_atomically(path, text):
 
 def commit():
     """The commit of this code, with a + where files differ from it; None outside a git checkout."""
-    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words],
+                                        capture_output=True, text=True)
     try:
         head = git("rev-parse", "--short", "HEAD")
-        return None if head.returncode else head.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout else "")
+        return None if head.returncode else head.stdout.strip() + (
+            "+" if git("status", "--porcelain", "-uno").stdout else "")
     except OSError:
         return None
 
 
 def summarise(found, columns, width=24, digits=6):
-    """{name: list over seeds of RESULT records}, {column: record -> number} -> {name: {column: summary}}, printed as a table.
-    A record that lacks a column (KeyError: its variant has no such phase) has an empty cell."""
+    """{name: list over seeds of RESULT records}, {column: record -> number} -> {name: {column: summary}},
+    printed as a table. A record that lacks a column (KeyError: its variant has no such phase) has an empty
+    cell."""
     rows = {}
     print(f"{'':{width}}" + "".join(f"{c:>18}" for c in columns))
     for name, records in found.items():
@@ -236,25 +249,31 @@ def command_line():
 
 
 def folder_of(args, script, tail):
-    """--run, or runs/SCRIPT-DATA-BACKBONE-TAIL; no colon (toy:300x600x15000), which ends a host's name for scp and rsync."""
-    return Path(args.run or f"runs/{script}-{Path(args.data).name}-{Path(args.backbone).name}-{tail}".replace(":", "-"))
+    """--run, or runs/SCRIPT-DATA-BACKBONE-TAIL; no colon (toy:300x600x15000), which ends a host's name for scp
+    and rsync."""
+    return Path(args.run or (
+        f"runs/{script}-{Path(args.data).name}-{Path(args.backbone).name}-{tail}".replace(":", "-")))
 
 
 def variant(args, folder, **changes):
-    """The settings of one run of an ablation: args with changes, in a folder of its own, gone on with where it has begun."""
-    alone = {f.name: f.default for f in dataclasses.fields(args) if f.name in ("ablations", "variants", "seeds", "recommenders", "lams")}
+    """The settings of one run of an ablation: args with changes, in a folder of its own, gone on with where it
+    has begun."""
+    alone = {f.name: f.default for f in dataclasses.fields(args)
+             if f.name in ("ablations", "variants", "seeds", "recommenders", "lams")}
     begun = (folder / "args.json").exists() and not args.overwrite
     return dataclasses.replace(args, run=str(folder), resume=begun, **alone | changes)
 
 
 def write_table(root, args, rows, runs):
-    """The end of an ablation: table.json and report.html in its folder, RESULT {json} on standard output. rows: {name:
-    {column: summary}}. runs: the folders that they are made of. Returns rows."""
+    """The end of an ablation: table.json and report.html in its folder, RESULT {json} on standard output. rows:
+    {name: {column: summary}}. runs: the folders that they are made of. Returns rows."""
     from common import report
-    record = {"ablations": rows, "data": args.data, "backbone": args.backbone, "seeds": list(args.seeds or (args.seed,))}
+    record = {"ablations": rows, "data": args.data, "backbone": args.backbone,
+              "seeds": list(args.seeds or (args.seed,))}
     headers = [json.loads((folder / "header.json").read_text()) for folder in runs]
     made = {"command": command_line(), "runs": len(runs),
-            "minutes": round(sum(h.get("minutes", 0) for h in headers)), "commits": sorted({h.get("commit") or "none" for h in headers})}
+            "minutes": round(sum(h.get("minutes", 0) for h in headers)),
+            "commits": sorted({h.get("commit") or "none" for h in headers})}
     write_atomically(Path(root) / "table.json", json.dumps(record | made, indent=1) + "\n")
     report.write(runs, Path(root) / "report.html")
     print("RESULT " + json.dumps(record, sort_keys=True))
@@ -274,7 +293,8 @@ def pyplot():
 
 def differences(earlier, now):
     """Where two dicts of settings differ, in words; "" where they do not."""
-    return "; ".join(f"{k}: {earlier.get(k)!r} then, {now.get(k)!r} now" for k in sorted({*earlier, *now}) if earlier.get(k) != now.get(k))
+    return "; ".join(f"{k}: {earlier.get(k)!r} then, {now.get(k)!r} now"
+                     for k in sorted({*earlier, *now}) if earlier.get(k) != now.get(k))
 
 
 def prefix(word, tensors):
@@ -294,17 +314,19 @@ def is_run(folder):
 
 
 class Run:
-    """A run folder: args.json, header.json, metrics.jsonl, checkpoints NAME.safetensors, phases.json, result.json, report.html.
+    """A run folder: args.json, header.json, metrics.jsonl, checkpoints NAME.safetensors, phases.json,
+    result.json, report.html.
 
     args: the script's Args. fingerprint: of the data. free: arguments that may differ on --resume. rank: processes
     other than 0 wait for the folder and only read.
     Raises UserError when the folder holds another run, or one with other settings.
     """
 
-    made = []                                                                # those that this process has begun
+    made = []                                   # those that this process has begun
 
     def __init__(self, args, script, fingerprint, free=(), rank=0):
-        self.args, self.script, self.clock, self.rank, self.since = args, script, None, rank, time.perf_counter()
+        self.args, self.script, self.clock, self.rank, self.since = (
+            args, script, None, rank, time.perf_counter())
         self.folder = folder_of(args, script, f"s{args.seed}")
         settings = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(args))).items()
                     if k not in {"run", "resume", "overwrite", "device", *free}}
@@ -315,20 +337,22 @@ class Run:
             self.phases = self.read("phases.json")
             return
         self.replaced = None
-        if args.overwrite and not args.resume and is_run(self.folder):        # kept aside until `header`: the new one may fail to start
+        # kept aside until `header`: the new one may fail to start
+        if args.overwrite and not args.resume and is_run(self.folder):
             self.replaced = self.folder.with_name(f"{self.folder.name}.replaced")
-            if is_run(self.replaced):                                        # left by a process that was killed before its header
+            if is_run(self.replaced):           # left by a process that was killed before its header
                 shutil.rmtree(self.replaced)
             self.folder.rename(self.replaced)
         if path.exists():
             if not is_run(self.folder):
                 raise UserError(f"{path} is not of a run of ours; name another folder with --run")
             if not args.resume:
-                raise UserError(f"{self.folder} already holds a run; go on with --resume, start anew with --overwrite, "
-                                "or name another folder with --run")
+                raise UserError(f"{self.folder} already holds a run; go on with --resume, "
+                                "start anew with --overwrite, or name another folder with --run")
             earlier = {"script": script} | self.read("args.json")
             if earlier["script"] != script:
-                raise UserError(f"{self.folder} holds a run of {earlier['script']}.py; name another folder with --run")
+                raise UserError(f"{self.folder} holds a run of {earlier['script']}.py; "
+                                "name another folder with --run")
             if differ := differences(earlier, identity):
                 raise UserError(f"cannot resume {self.folder}, it was started with other settings ({differ})")
         elif self.folder.exists() and any(f.suffix != ".tmp" for f in self.folder.iterdir()):
@@ -357,7 +381,7 @@ class Run:
     def finish(self, phase, record):
         self.phases[phase] = record
         write_atomically(self.folder / "phases.json", json.dumps(self.phases, indent=1))
-        if (path := self.folder / "header.json").exists():                   # a resumed run adds to what it took before
+        if (path := self.folder / "header.json").exists():      # a resumed run adds to what it took before
             now, facts = time.perf_counter(), json.loads(path.read_text())
             facts["minutes"], self.since = round(facts.get("minutes", 0) + (now - self.since) / 60, 2), now
             write_atomically(path, json.dumps(facts, indent=1))
@@ -377,7 +401,8 @@ class Run:
     def save(self, name, tensors, state):
         """One safetensors file whose metadata carries the JSON state, so that both are replaced in one instant.
 
-        Re-opened and checked: tensors there, or RuntimeError, and finite, or UserError (an adapter full of NaN is no result).
+        Re-opened and checked: tensors there, or RuntimeError, and finite, or UserError (an adapter full of NaN
+        is no result).
         """
         path, beside = self.folder / f"{name}.safetensors", self.folder / f"{name}.safetensors.tmp"
         state = {"log_bytes": self.log_bytes(), **state}
@@ -389,7 +414,8 @@ class Run:
             for key in f.keys():
                 if not torch.isfinite(f.get_tensor(key)).all():
                     beside.unlink()
-                    raise UserError(f"training has diverged: {key} of {path} would not be finite; lower the learning rate")
+                    raise UserError(f"training has diverged: {key} of {path} would not be finite; "
+                                    "lower the learning rate")
         with open(beside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
@@ -403,13 +429,14 @@ class Run:
             with safe_open(path, "pt") as f:
                 return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
         except Exception as problem:
-            raise UserError(f"{path} is damaged ({type(problem).__name__}); remove it or start anew with --overwrite") from None
+            raise UserError(f"{path} is damaged ({type(problem).__name__}); "
+                            "remove it or start anew with --overwrite") from None
 
     @staticmethod
     def optimizer_tensors(optimizer):
         """AdamW's state as flat tensors `opt/INDEX/NAME`; parameters in the optimiser's own order."""
-        return {f"opt/{k}/{name}": torch.as_tensor(value) for k, state in optimizer.state_dict()["state"].items()
-                for name, value in state.items()}
+        return {f"opt/{k}/{name}": torch.as_tensor(value)
+                for k, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
 
     @staticmethod
     def load_optimizer(optimizer, tensors):
@@ -426,8 +453,8 @@ class Run:
         return path.stat().st_size if path.exists() else 0
 
     def begin(self, phase):
-        """load(phase), with metrics.jsonl cut back to where that was written, or, where nothing was, to before the phase: the
-        steps after it will be run again."""
+        """load(phase), with metrics.jsonl cut back to where that was written, or, where nothing was, to before
+        the phase: the steps after it will be run again."""
         saved, path = self.load(phase), self.folder / "metrics.jsonl"
         if saved is None:
             before = path.read_bytes() if path.exists() else b""
@@ -443,22 +470,26 @@ class Run:
         from common import cuda
         now = time.perf_counter()
         before, self.clock = self.clock, (phase, step, now)
-        record = {"phase": phase, "step": step} | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        record = {"phase": phase, "step": step} | {
+            k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
-        pace = f" | {(now - before[2]) / (step - before[1]):.2f} s/it" if before and before[0] == phase and step > before[1] else ""
+        pace = (f" | {(now - before[2]) / (step - before[1]):.2f} s/it"
+                if before and before[0] == phase and step > before[1] else "")
         shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         width = len(str(total))
-        tqdm.write(f"{phase} {step:0{width}d}/{total} | {shown}{pace} | {cuda.memory_gib():.1f} GiB", file=sys.stdout)
+        tqdm.write(f"{phase} {step:0{width}d}/{total} | {shown}{pace} | {cuda.memory_gib():.1f} GiB",
+                   file=sys.stdout)
         sys.stdout.flush()
 
     # files ---------------------------------------------------------------------------------
     def write_jsonl(self, name, rows):
-        write_atomically(self.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        write_atomically(self.folder / f"{name}.jsonl",
+                         "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
     def header(self, **facts):
-        """What was run, on what, on which data: printed once and kept in header.json, where `finish` adds the minutes that it
-        took. No environment, so no keys."""
+        """What was run, on what, on which data: printed once and kept in header.json, where `finish` adds the
+        minutes that it took. No environment, so no keys."""
         import transformers
         if self.rank > 0:
             return
@@ -473,7 +504,8 @@ class Run:
         for key, value in facts.items():
             print(f"{key:>12}  {value}")
         if getattr(self.args, "backbone", None) == "tiny" and not self.args.data.startswith("toy"):
-            print(f"{'note':>12}  the bundled LLM has only ever read the toy world's titles; for texts that are worth something, --backbone takes a real one")
+            print(f"{'note':>12}  the bundled LLM has only ever read the toy world's titles; "
+                  "for texts that are worth something, --backbone takes a real one")
         sys.stdout.flush()
         kept = {"minutes": earlier["minutes"]} if "minutes" in earlier else {}
         write_atomically(path, json.dumps(facts | kept, indent=1, default=str))

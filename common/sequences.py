@@ -28,14 +28,14 @@ class Logs:
     def __init__(self, data, history):
         self.data, self.history_length = data, history
         self.lines = [item_line(t, c) for t, c in zip(data.titles, data.categories)]
-        order = np.argsort(data.user, kind="stable")                          # the data are sorted by time already
+        order = np.argsort(data.user, kind="stable")            # the data are sorted by time already
         self.bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
         self.items, self.times = data.item[order], data.time[order]
         self._train_keys = None
-        self.on_device = None                                                 # items and bounds, where they were last read
+        self.on_device = None                                   # items and bounds, where they were last read
         length = np.diff(self.bounds)
         self.n_train = np.where(length >= 3, length - 2, length)
-        self.held_out = np.flatnonzero(length >= 3)                             # users with a validation and test target
+        self.held_out = np.flatnonzero(length >= 3)             # users with a validation and test target
 
     def sequence(self, u):
         return self.items[self.bounds[u]:self.bounds[u + 1]]
@@ -55,12 +55,14 @@ class Logs:
         return mask
 
     def targets(self, name):
-        """Choices to be predicted from at least one earlier one: (users, positions) of train, valid and test. UserError,
-        naming the data, where a user's four choices are missing."""
+        """Choices to be predicted from at least one earlier one: (users, positions) of train, valid and test.
+        UserError, naming the data, where a user's four choices are missing."""
         if not len(self.held_out) or self.n_train.max() < 2:
-            raise UserError(f"--data {name}: no user has the 4 choices that training, validation and test need")
+            raise UserError(f"--data {name}: no user has the 4 choices "
+                            "that training, validation and test need")
         many, last = np.maximum(self.n_train - 1, 0), self.n_train[self.held_out]
-        users, positions = np.repeat(np.arange(len(many)), many), np.concatenate([np.arange(1, k + 1) for k in many])
+        users, positions = (np.repeat(np.arange(len(many)), many),
+                            np.concatenate([np.arange(1, k + 1) for k in many]))
         return (users, positions), (self.held_out, last), (self.held_out, last + 1)
 
     def train_events(self):
@@ -71,10 +73,12 @@ class Logs:
         return users[order], positions[order]
 
     def train_keys(self):
-        """What each user had in training, sorted keys user * n_items + item: what negatives to train with must spare."""
-        if self._train_keys is None:                                          # asked for in every epoch that draws anew
+        """What each user had in training, sorted keys user * n_items + item: what negatives to train with must
+        spare."""
+        if self._train_keys is None:                            # asked for in every epoch that draws anew
             users, positions = self.train_events()
-            self._train_keys = np.unique(users.astype(np.int64) * len(self.data.items) + self.item_at(users, positions))
+            self._train_keys = np.unique(users.astype(np.int64) * len(self.data.items)
+                                         + self.item_at(users, positions))
         return self._train_keys
 
     def item_counts(self):
@@ -84,12 +88,15 @@ class Logs:
 
     def histories(self, users, before, length, after=None):
         """(B, length) item ids + 1: the items of each user before position `before` (and from `after` on), at most
-        `length` of them, oldest first, padded with 0 at the end. Arrays, or tensors, on whose device it then happens."""
+        `length` of them, oldest first, padded with 0 at the end. Arrays, or tensors, on whose device it then
+        happens."""
         users, before = torch.as_tensor(users), torch.as_tensor(before)
         if self.on_device is None or self.on_device[0].device != users.device:
-            self.on_device = [torch.as_tensor(x.astype(np.int64), device=users.device) for x in (self.items, self.bounds)]
+            self.on_device = [torch.as_tensor(x.astype(np.int64), device=users.device)
+                              for x in (self.items, self.bounds)]
         items, bounds = self.on_device
-        first = (before - length).clamp(min=0) if after is None else torch.maximum(before - length, torch.as_tensor(after))
+        first = ((before - length).clamp(min=0) if after is None
+                 else torch.maximum(before - length, torch.as_tensor(after)))
         index = first[:, None] + torch.arange(length, device=users.device)
         flat = (bounds[users][:, None] + index).clamp(max=len(items) - 1)
         return torch.where(index < before[:, None], items[flat] + 1, 0)
@@ -106,8 +113,9 @@ class Logs:
             cuts.append(cut)
         users, cuts = np.concatenate(users), np.concatenate(cuts)
         starts, ends = np.maximum(cuts, 0), np.minimum(cuts + length, self.n_train[users])
-        order = np.lexsort((rng.random(len(users)), (ends - starts) // 4))        # nearly sorted, ties at random
-        batches = [(users[k], starts[k], ends[k]) for k in np.array_split(order, max(1, round(len(order) / size)))]
+        order = np.lexsort((rng.random(len(users)), (ends - starts) // 4))    # nearly sorted, ties at random
+        batches = [(users[k], starts[k], ends[k])
+                   for k in np.array_split(order, max(1, round(len(order) / size)))]
         return [batches[k] for k in rng.permutation(len(batches))]
 
 
@@ -115,7 +123,7 @@ def popularity(logs):
     """The baseline that knows nobody: items by how often they were chosen in training."""
     count = logs.item_counts().astype(float)
     ranks = []
-    for u in logs.held_out[:, None]:                               # one by one: users times items may not fit into memory
+    for u in logs.held_out[:, None]:            # one by one: users times items may not fit into memory
         end = logs.n_train[u] + 1
         ranks.append(metrics.ranks_of(count[None], logs.item_at(u, end), logs.had(u, end))[0])
     return metrics.ranking_report(np.array(ranks))
@@ -127,4 +135,5 @@ def bayes(logs):
     raw = np.array([int(logs.data.users[u][1:]) for u in users])
     length = np.diff(logs.bounds)[users]
     scores = world.p_next(raw, length - 1, length)[:, [int(i[1:]) for i in logs.data.items]]
-    return metrics.ranking_report(metrics.ranks_of(scores, logs.item_at(users, length - 1), logs.had(users, length - 1)))
+    return metrics.ranking_report(
+        metrics.ranks_of(scores, logs.item_at(users, length - 1), logs.had(users, length - 1)))

@@ -44,14 +44,17 @@ THEMES = {
     "school": ("a strict teacher", "homework", "a class trip", "pupils"),
     "trains": ("a night train", "railways", "a lost ticket", "the last station"),
 }
-ADJECTIVES = ("Silent Golden Broken Hidden Crimson Distant Gentle Hollow Iron Little Lonely Lucky Midnight Paper Pale "
-              "Quiet Rapid Restless Second Secret Seventh Shining Silver Sleeping Stolen Strange Sudden Tall Velvet "
-              "Wandering White Wild Wooden Yellow Ancient Blue Bright Burning Clever Copper").split()
-NOUNS = ("Harbor Garden Letter Mirror River Bridge Candle Castle Clock Corner Crown Door Dream Echo Falcon Feather "
-         "Field Fire Forest Gate Hill House Island Journey Key Lantern Map Market Mountain Night Orchard Path Promise "
-         "Road Rose Shore Sky Stone Storm Street Summer Tower Valley Voice Wall Wheel Window Winter Witness Year").split()
-DESCRIPTIONS = ("A story of {a} and {b}.", "{A}, {b} and a surprising end.", "It begins with {b} and ends with {a}.",
-                "With {a}, {b} and a lot of heart.", "About {b}, told through {a}.")
+ADJECTIVES = ("Silent Golden Broken Hidden Crimson Distant Gentle Hollow Iron Little "
+              "Lonely Lucky Midnight Paper Pale Quiet Rapid Restless Second Secret Seventh "
+              "Shining Silver Sleeping Stolen Strange Sudden Tall Velvet Wandering White "
+              "Wild Wooden Yellow Ancient Blue Bright Burning Clever Copper").split()
+NOUNS = ("Harbor Garden Letter Mirror River Bridge Candle Castle Clock Corner Crown Door Dream Echo Falcon "
+         "Feather Field Fire Forest Gate Hill House Island Journey Key Lantern Map Market Mountain Night "
+         "Orchard Path Promise Road Rose Shore Sky Stone Storm Street Summer Tower Valley Voice Wall Wheel "
+         "Window Winter Witness Year").split()
+DESCRIPTIONS = ("A story of {a} and {b}.", "{A}, {b} and a surprising end.",
+                "It begins with {b} and ends with {a}.", "With {a}, {b} and a lot of heart.",
+                "About {b}, told through {a}.")
 
 
 @dataclass
@@ -79,19 +82,21 @@ class World:
     name: str = "toy"
 
     def taste(self, users, t, recent):
-        """s(u, i, t) for every item: (B, n_items). users (B,), t (B,) in [0, 1], recent (B, 10) item ids, -1 = none."""
-        fade = np.stack([np.ones_like(t), 1 - t, t], axis=1)                      # (B, 3) kept, fading out, fading in
+        """s(u, i, t) for every item: (B, n_items). users (B,), t (B,) in [0, 1], recent (B, 10) item ids, -1 =
+        none."""
+        fade = np.stack([np.ones_like(t), 1 - t, t], axis=1)            # (B, 3) kept, fading out, fading in
         match = []
         for kind, attribute in enumerate((self.genre, self.theme)):
             liking = np.zeros((len(users), 8))
             for j in range(3):
                 np.maximum.at(liking, (np.arange(len(users)), self.liked[users, kind, j]), fade[:, j])
-            match.append(liking[:, attribute])                                    # (B, n_items)
+            match.append(liking[:, attribute])                          # (B, n_items)
         semantic = 3 * (match[0] + match[1]) + 6 * match[0] * match[1]
         seeker = self.misled[users]
-        if seeker.any():                                                          # overlap with the last 10 choices
+        if seeker.any():                                                # overlap with the last 10 choices
             past, known = recent[seeker], (recent[seeker] >= 0)[:, :, None]
-            same = sum(((a[past][:, :, None] == a[None, None, :]) & known).sum(1) for a in (self.genre, self.theme))
+            same = sum(((a[past][:, :, None] == a[None, None, :]) & known).sum(1)
+                       for a in (self.genre, self.theme))
             semantic[seeker] = -0.8 * same
         return semantic + self.factor_user[users] @ self.factor_item.T / 2
 
@@ -115,8 +120,8 @@ class World:
         return self.bias + self.taste(users, t, self._last_state(users, before))
 
     def order(self, users):
-        """Where each item stands in the true order of what users (B,) choose after their training choices, that is before
-        the last two: (B, n_items), from 0, the least likely, to 1."""
+        """Where each item stands in the true order of what users (B,) choose after their training choices, that
+        is before the last two: (B, n_items), from 0, the least likely, to 1."""
         length = np.bincount(self.user, minlength=len(self.cold))[users]
         place = self.p_next(users, np.maximum(length - 2, 0), length).argsort(1).argsort(1)
         return place / (place.shape[1] - 1)
@@ -125,7 +130,8 @@ class World:
         """What a recommender may see, as common.data.Data."""
         from common.data import Data
         n_users, n_items = len(self.cold), len(self.titles)
-        return Data(name=self.name, users=[f"u{u}" for u in range(n_users)], items=[f"i{i}" for i in range(n_items)],
+        return Data(name=self.name,
+                    users=[f"u{u}" for u in range(n_users)], items=[f"i{i}" for i in range(n_items)],
                     titles=self.titles, categories=self.categories, texts=self.texts,
                     user=self.user.astype(np.int32), item=self.item.astype(np.int32),
                     rating=self.rating.astype(np.float32), time=self.time.astype(np.int64), user_fields={},
@@ -156,30 +162,35 @@ def describe(categories, rng):
 
 def make(n_users=600, n_items=400, n_interactions=15000, misled=0.1, cold=0.08, seed=0, catalogue_seed=0):
     """Generate a world. Shares `misled` and `cold` are of the users. The count of interactions is aimed at: nobody
-    but the cold has fewer than 5 or more than an eighth of the items, so that small worlds hold more than was asked for.
+    but the cold has fewer than 5 or more than an eighth of the items, so that small worlds hold more than was
+    asked for.
 
-    Raises ValueError for sizes that leave a user nothing to choose, and where the count is missed by a tenth from below.
+    Raises ValueError for sizes that leave a user nothing to choose, and where the count is missed by a tenth
+    from below.
     """
     if n_users < 2 or n_items < 20 or not 0 <= misled <= 1 or not 0 <= cold < 1:
         raise ValueError("a toy world needs at least 2 users and 20 items, and shares between 0 and 1")
     titles, categories, texts, genre, theme = catalogue(n_items, np.random.default_rng(catalogue_seed))
     rng = np.random.default_rng([seed, 1])
     liked = np.stack([[rng.choice(8, 3, replace=False) for _ in range(2)] for _ in range(n_users)])
-    world = World(titles, categories, texts, genre, theme,
-                  bias=-1.6 * np.log1p(rng.permutation(n_items) / 5.0),
-                  factor_item=rng.standard_normal((n_items, 4)), factor_user=rng.standard_normal((n_users, 4)),
-                  liked=liked, misled=rng.random(n_users) < misled, cold=rng.random(n_users) < cold,
-                  name=f"toy-{n_users}x{n_items}x{n_interactions}-m{misled}-c{cold}-s{seed}-k{catalogue_seed}")
+    world = World(
+        titles, categories, texts, genre, theme, bias=-1.6 * np.log1p(rng.permutation(n_items) / 5.0),
+        factor_item=rng.standard_normal((n_items, 4)), factor_user=rng.standard_normal((n_users, 4)),
+        liked=liked, misled=rng.random(n_users) < misled, cold=rng.random(n_users) < cold,
+        name=f"toy-{n_users}x{n_items}x{n_interactions}-m{misled}-c{cold}-s{seed}-k{catalogue_seed}")
 
     activity = np.exp(0.35 * rng.standard_normal(n_users))
     warm = ~world.cold
     mean = (n_interactions - 1.5 * world.cold.sum()) / max(activity[warm].sum(), 1e-9)
-    length = np.where(world.cold, rng.integers(1, 3, n_users), np.maximum(5, np.round(activity * mean))).astype(int)
+    length = np.where(world.cold, rng.integers(1, 3, n_users),
+                      np.maximum(5, np.round(activity * mean))).astype(int)
     length = np.minimum(length, n_items // 8)          # favourites must not run out
     if length.sum() < 0.9 * n_interactions:
-        raise ValueError(f"{n_interactions} interactions are too many for {n_users} users and {n_items} items: about {int(length.sum())} at most")
+        raise ValueError(f"{n_interactions} interactions are too many for {n_users} users "
+                         f"and {n_items} items: about {int(length.sum())} at most")
 
-    # Everybody's k-th choice is drawn at once (Gumbel trick: argmax of score + noise is a draw from the softmax).
+    # Everybody's k-th choice is drawn at once
+    # (Gumbel trick: argmax of score + noise is a draw from the softmax).
     seen = np.zeros((n_users, n_items), dtype=bool)
     recent = np.full((n_users, 10), -1)
     start = rng.integers(0, 5_000_000, n_users)
