@@ -50,8 +50,8 @@ metric, data).
   - rec(s-) in [6]: else the judge would compare a trained branch with one that is not.
   - The judge needs the target, so it exists in training only; when served, everybody has the knowledge.
     --judge-level user takes the mean over a user's choices, text that of one text's choices; one choice says
-    too little (--judge-least). It judges once, before phase 4 (the summaries call it dynamic; --joint judges
-    every batch).
+    too little (--judge-least), and so does one draw of the negatives (--judge-draws). It judges once, before
+    phase 4 (the summaries call it dynamic; --joint judges every batch, on the negatives of the epoch).
   - In phase 4 each batch of judged texts comes with as many others, whose knowledge is taken from the last
     reading: the recommender, if --eliminate-lr lets it, learns from both, the LLM from the judged ones. States,
     and with them codes, prompts and extraction stay as they are: the knowledge of the others is read once.
@@ -151,6 +151,7 @@ class Args:
     judge_level: Literal["user", "text"] = "user"  # the mean over all choices of a user,
     # or over those of one text
     judge_least: int = 3  # fewest choices to judge a user or a text by
+    judge_draws: int = 10  # draws of the negatives that phase 4 judges by, on their mean: one is noisy
     margin: float = -0.03  # ε of eq. 8, nats (or probability);
     # negative: also those whom the LLM helps by less than that
     adapt: Literal["judged", "all"] = "judged"  # whose texts are read with the adapter:
@@ -185,7 +186,7 @@ class Args:
         at_least(self, 2, "batch")                               # z is standardised over a batch
         at_least(self, 1, "negatives test_negatives dim mlp max_history prompt_history text_every codes "
                           "levels prompt_len base_batch epochs eliminate_epochs eliminate_batch judge_least "
-                          "base_epochs patience rank_users lora_rank")
+                          "judge_draws base_epochs patience rank_users lora_rank")
         at_least(self, 0, "beta dead align weight_decay lora_lr eliminate_lr lora_alpha")
         if self.tau <= 0 or self.lr <= 0 or not self.static_prompt.strip():
             raise ValueError("--tau and --lr must be positive, --static-prompt not empty")
@@ -573,20 +574,26 @@ def knowledge(model, texts, desc=None, batch=64):
 
 
 @torch.no_grad()
-def contradicted(args, model, texts, known):
-    """[8] Which of these texts (T,) the LLM misleads, (T,) bool, by the training choices that they serve."""
+def contradicted(args, model, texts, known, draws=0):
+    """[8] Which of these texts (T,) the LLM misleads, (T,) bool, by the training choices that they serve: the mean
+    over so many draws of their negatives, or (0) against those at hand."""
     if args.judge in ("all", "off"):
         return torch.full((len(texts),), args.judge == "all", device=texts.device)
     training = model.training
     model.eval()
-    table, owner = model.rows.of_texts(texts)
-    worse = torch.zeros(table.shape[1], device=texts.device)
-    for part in torch.arange(table.shape[1], device=texts.device).split(4096):
-        with_llm, without = model.score(table[:, part], known[owner[part]]), model.score(table[:, part])
-        if args.judge == "loss":
-            worse[part] = rec_loss(with_llm, args.head, args.tau) - rec_loss(without, args.head, args.tau)
-        else:
-            worse[part] = confidence(without, args.head, args.tau) - confidence(with_llm, args.head, args.tau)
+    worse = 0
+    for draw in range(max(draws, 1)):
+        if draws:
+            model.rows.redraw("judge", draw)
+        table, owner = model.rows.of_texts(texts)
+        parts = []
+        for part in torch.arange(table.shape[1], device=texts.device).split(4096):
+            with_llm, without = model.score(table[:, part], known[owner[part]]), model.score(table[:, part])
+            if args.judge == "loss":
+                parts.append(rec_loss(with_llm, args.head, args.tau) - rec_loss(without, args.head, args.tau))
+            else:
+                parts.append(confidence(without, args.head, args.tau) - confidence(with_llm, args.head, args.tau))
+        worse = worse + torch.cat(parts) / max(draws, 1)
     model.train(training)
     unit = (model.rows.text_user[texts] if args.judge_level == "user"
             else torch.arange(len(texts), device=texts.device))
@@ -899,8 +906,7 @@ def train(args, shared=None):
         if args.judge != "off" and not args.joint:
             texts = torch.as_tensor(rows.train_texts, device=device)
             before = knowledge(model, texts, "reading all texts")
-            rows.redraw("judge")
-            mask = contradicted(args, model, texts, before)
+            mask = contradicted(args, model, texts, before, args.judge_draws)
             users = np.zeros(len(rows.data.users), dtype=bool)
             users[rows.text_user[texts[mask]].cpu().numpy()] = True
             size, mean = before.norm(dim=1), lambda x: round(float(x.sum() / max(len(x), 1)), 4)

@@ -496,6 +496,23 @@ def test_a_user_is_judged_by_the_mean_of_all_choices_and_by_no_fewer_than_asked(
     assert coco.contradicted(a, model, texts, known).tolist() == [u not in few for u in user.tolist()] and few
 
 
+def test_the_judge_takes_the_mean_over_draws_of_the_negatives():
+    a, rows, model = built("--no-match", "--margin", "0", "--judge-least", "1", "--judge-level", "text")
+    texts = torch.as_tensor(rows.train_texts)
+    torch.manual_seed(0)
+    model.ctr.item.weight.data.normal_()                         # items that differ, so that negatives do
+    known, mean = torch.randn(len(texts), 8), 0
+    model.eval()
+    with torch.no_grad():
+        for draw in range(4):
+            rows.redraw("judge", draw)
+            table, owner = rows.of_texts(texts)
+            mean = mean + (coco.rec_loss(model.score(table, known[owner]), a.head) - coco.rec_loss(model.score(table), a.head)) / 4
+    want = torch.stack([mean[owner == t].mean() > 0 for t in range(len(texts))])
+    assert torch.equal(coco.contradicted(a, model, texts, known, 4), want)
+    assert not torch.equal(coco.contradicted(a, model, texts, known, 1), want)
+
+
 def test_in_one_phase_a_text_that_is_not_judged_gives_the_llm_no_gradient(tmp_path, monkeypatch):
     a, rows, model = built("--joint", "--judge", "off", "--run", str(tmp_path / "r"))
     monkeypatch.setattr(coco, "valid_auc", lambda model: 0.5)
