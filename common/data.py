@@ -850,5 +850,7 @@ def negatives(data, users, n, seed, seen=None, weights=None):
         part[bad] = draw(bad.sum())
         drawn[rows] = part
     for row in rows:                                         # who has had nearly all: from a list of the rest
-        drawn[row] = rng.choice(unseen(row), n, replace=False)
+        rest = unseen(row)
+        p = None if weights is None else weights[rest] / weights[rest].sum()
+        drawn[row] = rng.choice(rest, n, replace=False, p=p)
     return drawn.astype(np.int32)

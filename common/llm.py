@@ -635,7 +635,7 @@ class _ForkedCache:
 @torch.no_grad()
 def after_tails(model, prefixes, tails):
     """Last hidden states (N, D) of prefix b + each of tails[b], in order: B lists of token ids, B lists of such
-    lists. A prefix runs once. Its tails then share rows about half as long as the prefix: one row per tail
+    lists, none empty. A prefix runs once. Its tails then share rows about half as long as the prefix: one row per tail
     would copy the prefix's keys too often, one row for all would waste attention on other tails."""
     tokens, real, lengths = _right_padded(prefixes, model.device)
     prefix = DynamicCache(config=model.config)

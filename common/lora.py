@@ -21,7 +21,9 @@ PEFT_PREFIX = "base_model.model."
 # PEFT can write more than this file computes. {key of adapter_config.json: the value of a plain LoRA}
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "lora_bias": False,
          "fan_in_fan_out": False, "init_lora_weights": (True, False, "gaussian"),
-         "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": []}
+         "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "alora_invocation_tokens": (),
+         "use_qalora": False, "use_bdlora": (), "kasa_config": (), "monteclora_config": (),
+         "layer_replication": (), "trainable_token_indices": ()}
 
 
 class _Down(torch.autograd.Function):

@@ -47,10 +47,11 @@ def ranking_report(ranks, ks=(5, 10, 20), seed=0, draws=1000):
 
 
 def auc(label, score):
-    """Area under the ROC curve, ties 1/2: labels (n,) in {0, 1}, scores (n,). nan when one class is missing."""
+    """Area under the ROC curve, ties 1/2: labels (n,) in {0, 1}, scores (n,). nan when one class is missing
+    or a score is nan."""
     label, score = np.asarray(label).astype(bool), np.asarray(score, dtype=float)
     positives, negatives = label.sum(), (~label).sum()
-    if positives == 0 or negatives == 0:
+    if positives == 0 or negatives == 0 or np.isnan(score).any():
         return float("nan")
     _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[inverse]                     # mean rank of each tie, 1-based

@@ -8,9 +8,11 @@ import json
 import os
 import random
 import threading
+import time
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +224,16 @@ def test_dates_are_timestamps_and_what_is_none_is_named(tmp_path):
         load(write(tmp_path / "z", interactions__csv="user,item,rating\nu,a,\n"))
 
 
+def test_a_date_without_a_zone_is_utc_wherever_the_machine_stands(monkeypatch):
+    try:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("TZ", "Asia/Tokyo")
+            time.tzset()
+            assert datasets.seconds("1970-01-02") == 86400 and datasets.seconds("1970-01-02T09:00:00+09:00") == 86400
+    finally:
+        time.tzset()
+
+
 def test_ties_in_time_keep_the_order_of_the_file(tmp_path):
     rows = "".join(f"u,i{k},{k % 2}\n" for k in range(200))
     d = load(write(tmp_path / "x", interactions__csv="user,item,timestamp\n" + rows))
@@ -412,6 +424,31 @@ def test_a_damaged_cache_is_parsed_anew_without_a_word(tmp_path, damage, capsys)
     cached.write_bytes(damage(cached.read_bytes()))
     capsys.readouterr()
     assert same(load(folder), first) and "note: x: 1 of 1 items have no title (such as 'a'; there is no file of titles)" in capsys.readouterr().err
+
+
+def test_the_cache_of_a_lenient_start_of_an_older_parser_or_of_a_file_since_edited_is_not_read(tmp_path, monkeypatch):
+    folder = write(tmp_path / "x", interactions__csv=GOOD + "u,b,1\n")
+    assert len(load(folder, max_bad_rows=1).user) == 1
+    with pytest.raises(UserError, match="csv:3"):
+        load(folder)
+    write(tmp_path / "x", interactions__csv=GOOD)
+    os.utime(tmp_path / "x" / "interactions.csv", ns=(1, 1))
+    assert load(folder).items == ["a"]
+    write(tmp_path / "x", interactions__csv=GOOD.replace("u,a", "u,b"))          # as many bytes
+    os.utime(tmp_path / "x" / "interactions.csv", ns=(2, 2))
+    assert load(folder).items == ["b"]
+    monkeypatch.setattr(datasets, "PARSER", datasets.PARSER + 1)
+    monkeypatch.setattr(datasets, "assemble", None)
+    with pytest.raises(TypeError):                                           # it is parsed
+        load(folder)
+
+
+def test_the_fingerprint_sees_every_part_of_the_content(tmp_path):
+    rows, items = "user,item,rating,timestamp\nu,a,1,1\nu,b,1,2\n", "item,title,categories,text\na,A,c,t\nb,B,c,t\n"
+    changed = [(rows, items), (rows.replace("u,b", "v,b"), items), (rows.replace("u,b,1", "u,b,2"), items), (rows.replace("1,2", "1,3"), items)]
+    changed += [(rows, items.replace("b,B,c,t", line)) for line in ("b,C,c,t", "b,B,d,t", "b,B,c,s")]
+    found = [load(write(tmp_path / str(k), interactions__csv=x, items__csv=y)).fingerprint for k, (x, y) in enumerate([*changed, changed[0]])]
+    assert len(set(found)) == len(changed) and found[0] == found[-1]
 
 
 def test_a_header_in_another_encoding_or_with_a_column_twice_is_one_line(tmp_path):
@@ -655,6 +692,21 @@ def test_filters_keep_the_ids_contiguous_and_change_the_fingerprint():
         datasets.k_core(d, 3)
 
 
+def test_what_belongs_to_an_item_stays_with_it_when_others_are_filtered_out():
+    d = replace(logs((0, 1), (1, 0), (0, 2), n_items=3), titles=["A", "B", "C"], categories=[["a"], ["b"], ["c"]], texts=["ta", "tb", "tc"])
+    few = datasets.min_interactions(d, 2)
+    assert (few.titles, few.categories, few.texts) == (["B", "C"], [["b"], ["c"]], ["tb", "tc"])
+
+
+def test_the_lowest_rating_that_is_asked_for_is_kept():
+    d = replace(logs((0, 0), (0, 1), (0, 2)), rating=np.array([3.5, 4, 5], np.float32))
+    assert datasets.min_rating(d, 4).rating.tolist() == [4, 5] and datasets.min_rating(d, 0) is d
+    with pytest.raises(UserError, match="no rating above 5"):
+        datasets.min_rating(d, 5.5)
+    with pytest.raises(UserError, match="has no ratings"):
+        datasets.min_rating(replace(d, has_ratings=False), 4)
+
+
 def test_k_core_repeats_until_nothing_more_falls():
     d = datasets.k_core(random_logs(1), 6)
     assert np.bincount(d.user).min() >= 6 and np.bincount(d.item).min() >= 6
@@ -775,6 +827,9 @@ def test_weighted_negatives_are_drawn_in_proportion_to_their_weights_and_are_sti
     free = np.setdiff1d(np.arange(len(d.items)), d.item[d.user == 0])
     share = np.bincount(drawn, minlength=len(d.items)) / len(drawn)
     assert share[free].sum() == pytest.approx(1) and np.abs(share[free] - weights[free] / weights[free].sum()).max() < 0.01
+    d = logs(*((0, k) for k in range(5)), n_items=10)            # nearly all weight is on what was had: drawn from a list
+    drawn = datasets.negatives(d, np.zeros(2000, int), 1, 0, weights=np.array([1e4] * 5 + [16, 1, 1, 1, 1]))[:, 0]
+    assert abs((drawn == 5).mean() - 0.8) < 0.05
 
 
 def test_negatives_to_train_with_spare_what_was_learned_from_and_nothing_else():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,33 @@ def test_a_rollout_is_a_pure_function_of_the_seed_and_a_group_is_diverse():
     assert len({tuple(x) for x in a.tokens[0].tolist()}) == 4
 
 
+def test_every_token_is_drawn_with_a_number_of_its_own():
+    model = qwen()
+    model.lm_head.weight.zero_()                                     # all 97 tokens are as likely: 39 of 50 differ on average
+    tokens = llm.rollout(model, [[7]], 2, 50, generator=seeded(1)).tokens[0]
+    assert all(len(set(row)) > 25 for row in tokens.tolist()) and (tokens[0] == tokens[1]).sum() < 5
+
+
+def test_a_text_that_ends_with_the_last_token_allowed_is_not_truncated():
+    model, prompt = qwen(), [7, 8, 9]
+    told = llm.rollout(model, [prompt], 1, 4, greedy=True).tokens[0, 0].tolist()
+    k = max(told.index(t) for t in told)                             # where the last token that is new stands
+    for stop, cut in (([told[k]], False), ([], True)):
+        out = llm.rollout(model, [prompt], 1, k + 1, greedy=True, eos_ids=stop)
+        assert out.lengths.tolist() == [[k + 1]] and out.truncated.tolist() == [[cut]]
+
+
+def test_the_end_tokens_are_the_models_and_the_tokenizers():
+    model = qwen()
+    for of_model, of_tokenizer, want in (([9, 5], 7, [5, 7, 9]), (5, 5, [5]), (None, 7, [7]), ([9], None, [9])):
+        model.generation_config.eos_token_id = of_model
+        assert llm.eos_ids(model, types.SimpleNamespace(eos_token_id=of_tokenizer)) == want
+
+
+def test_a_setting_that_is_given_is_taken_even_if_it_is_0():
+    assert [llm.suited(*x, 1e-3, 1e-4) for x in ((0.0, "tiny"), (None, "tiny"), (None, llm.TINY), (None, "other"))] == [0, 1e-3, 1e-3, 1e-4]
+
+
 def test_what_does_not_fit_the_backbone_is_refused_before_any_work():
     with pytest.raises(UserError, match="a prompt of 500 tokens and 20 new ones would take 520 positions, and it has 512; lower --prompt-history"):
         llm.rollout(qwen(), [[7] * 500], 1, 20)
@@ -253,6 +281,15 @@ def test_an_encoded_text_does_not_depend_on_its_neighbours_and_an_empty_one_is_f
     together = llm.encode(model, tokenizer, texts)
     alone = torch.cat([llm.encode(model, tokenizer, [t]) for t in texts])
     assert torch.isfinite(together).all() and torch.allclose(together, alone, atol=1e-4)
+
+
+def test_an_encoded_text_is_the_mean_over_its_first_tokens():
+    model, tokenizer = llm.load("tiny")
+    text = "It suits people who like war and trains."
+    ids = llm.plain_ids(tokenizer, text)
+    for n in (5, len(ids)):
+        want = model.get_decoder()(torch.tensor([ids[:n]])).last_hidden_state[0].mean(0)
+        assert torch.allclose(llm.encode(model, tokenizer, [text], max_tokens=n)[0], want, atol=1e-5)
 
 
 def test_control_tokens_inside_a_title_are_plain_text():
@@ -396,6 +433,14 @@ def small(name, **other):
 def test_a_backbone_that_would_score_wrongly_is_refused(name, other, match):
     with pytest.raises(UserError, match=match):
         llm.check_backbone(small(name, **other), name)
+
+
+def test_a_backbone_whose_attention_ignores_the_mask_is_refused():
+    model = qwen()
+    forward = model.get_decoder().forward
+    model.get_decoder().forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(UserError, match="ignores the mask"):
+        llm.check_backbone(model, "deaf")
 
 
 @pytest.mark.parametrize("name, other", [

@@ -192,6 +192,30 @@ def test_dropout_acts_in_training_only_and_only_on_the_adapter():
     assert torch.equal(logits(model.eval()), logits(model))
 
 
+def test_put_into_a_model_in_eval_mode_an_adapter_drops_nothing():
+    model = qwen()
+    lora.inject(model, dropout=0.5)
+    with torch.no_grad():
+        for p in lora.parameters(model):
+            p.fill_(0.1)
+    assert torch.equal(logits(model), logits(model))
+
+
+def test_an_adapter_comes_back_with_its_dropout_and_one_with_a_scale_for_each_layer_is_refused(tmp_path):
+    model = qwen()
+    lora.inject(model, dropout=0.25)
+    lora.save(model, tmp_path, "tiny")
+    again = qwen()
+    lora.load(again, tmp_path)
+    assert {layer.dropout.p for layer in lora.layers(again).values()} == {0.25}
+    path = tmp_path / "adapter_config.json"
+    plain = json.loads(path.read_text())
+    for option, value in (("alpha_pattern", {"q_proj": 64}), ("alora_invocation_tokens", [5]), ("use_qalora", True)):
+        path.write_text(json.dumps(plain | {option: value}))
+        with pytest.raises(UserError, match=f"{option}="):
+            lora.load(qwen(), tmp_path)
+
+
 def test_a_saved_adapter_comes_back_and_holds_nothing_but_the_adapter(tmp_path):
     model = trained()
     lora.save(model, tmp_path / "a", "tiny")

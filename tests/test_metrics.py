@@ -36,9 +36,9 @@ def test_scores_that_are_not_a_number_are_refused():
         metrics.ranks_of(np.array([[np.nan, 1]]), np.array([0]))
 
 
-def test_auc_by_hand_ties_count_half_and_one_class_has_none():
+def test_auc_by_hand_ties_count_half_and_one_class_or_nan_has_none():
     assert metrics.auc([1, 0, 1, 0], [3, 1, 2, 2]) == (1 + 1 + 1 + 0.5) / 4
-    assert math.isnan(metrics.auc([1, 1], [1, 2]))
+    assert math.isnan(metrics.auc([1, 1], [1, 2])) and math.isnan(metrics.auc([1, 0], [math.nan, 5.0]))
 
 
 def test_uauc_weighs_users_or_impressions():
@@ -64,6 +64,17 @@ def test_auc_log_loss_and_calibration_agree_with_scikit_learn():
 def test_calibration_error_by_hand():
     error, _ = metrics.calibration([1, 0, 1, 1], [0.25, 0.25, 0.75, 0.75], bins=2)
     assert error == pytest.approx((2 * abs(0.25 - 0.5) + 2 * abs(0.75 - 1.0)) / 4)
+
+
+def test_bins_of_the_calibration_weigh_by_their_rows_and_certainty_is_in_the_last():
+    error, rows = metrics.calibration([1, 0, 1], [0.25, 0.25, 0.5], bins=2)
+    assert error == pytest.approx((2 * 0.25 + 1 * 0.5) / 3) and rows == [(0.25, 0.5, 2), (0.5, 1.0, 1)]
+    assert metrics.calibration([0, 1], [1.0, 0.5], bins=2)[1] == [(0.75, 0.5, 2)]
+
+
+def test_the_interval_of_a_fair_coin_is_1_96_standard_errors_on_either_side():
+    low, high = metrics.ranking_report([1] * 100 + [99] * 100, draws=4000)["recall@5_ci"]
+    assert [low, high] == pytest.approx([0.5 - 1.96 * 0.5 / 200**0.5, 0.5 + 1.96 * 0.5 / 200**0.5], abs=0.008)
 
 
 def test_shuffled_labels_give_an_auc_of_one_half():

@@ -116,6 +116,16 @@ def test_every_click_model_reads_all_its_inputs_and_no_padding(kind):
     assert not any(table.weight.grad[0].any() for table in (model.item, model.category, *model.first_order[1:]))
 
 
+def test_a_click_model_drops_in_training_only_and_begins_with_small_embeddings():
+    torch.manual_seed(0)
+    model = CTR("dcn", 50, 6, CATEGORIES, dim=32, dropout=0.5)
+    assert all(0.008 < table.weight.std() < 0.012 for table in (model.user, model.item))
+    score = lambda: model(torch.tensor([0]), torch.tensor([[1, 4]]), torch.tensor([[2, 0]]))
+    assert not torch.equal(score(), score())
+    model.eval()
+    assert torch.equal(score(), score())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_click_model_learns_a_rule_that_only_its_crossing_or_mlp_can_hold(kind):
     """Users 0-3 like items of category 1, users 4-7 of category 2: neither user nor item alone tells."""

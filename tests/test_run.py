@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from common import cuda
-from common.run import Run, UserError, command_line, main, parse
+from common.run import Run, UserError, command_line, main, parse, variant, write_atomically
 
 ROOT = Path(__file__).parent.parent
 
@@ -223,6 +224,35 @@ def test_resume_with_other_settings_is_refused_and_the_difference_is_shown(tmp_p
         Run(Args(run=str(tmp_path / "r"), resume=True), "t", "xyz")
 
 
+def test_resume_refuses_another_seed_and_a_setting_that_is_no_more(tmp_path):
+    start(tmp_path / "r")
+    with pytest.raises(UserError, match="seed: 0 then, 1 now"):
+        start(tmp_path / "r", resume=True, seed=1)
+    path = tmp_path / "r" / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"old": 3}))
+    with pytest.raises(UserError, match="old: 3 then, None now"):
+        start(tmp_path / "r", resume=True)
+
+
+def test_a_text_file_that_cannot_be_written_to_its_end_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "phases.json"
+    write_atomically(path, "old")
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_an_ablations_run_goes_on_where_it_has_begun_unless_it_is_to_start_anew(tmp_path):
+    begun = lambda **flags: variant(Args(**flags), tmp_path / "r", lr=0.5)
+    assert begun() == Args(run=str(tmp_path / "r"), lr=0.5)
+    start(tmp_path / "r")
+    assert begun().resume and not begun(overwrite=True).resume
+
+
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, capsys):
     run = start(tmp_path / "r")
     run.log("p", 1, 3, loss=0.5)
@@ -266,6 +296,15 @@ def test_a_seed_depends_on_its_whole_key_and_on_nothing_else():
     assert len(keys) == 30
     draw = lambda: torch.rand(4, generator=cuda.generator("cpu", 1, "x"))
     assert torch.equal(draw(), draw())
+
+
+def test_a_key_gives_the_same_seed_in_every_process_and_a_seed_fixes_all_three_generators():
+    assert cuda.key_seed(0, "align", 3) == 4085005063958772518
+    drawn = []
+    for _ in range(2):
+        cuda.seed_everything(5)
+        drawn.append((random.random(), np.random.random(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
 
 
 def test_a_device_that_is_not_there_is_one_line():

@@ -25,6 +25,12 @@ def test_the_default_size_is_met_in_a_second_and_the_seed_fixes_everything():
     assert other.titles == WORLD.titles and not np.array_equal(other.item[:100], WORLD.item[:100])
 
 
+def test_worlds_that_differ_in_any_setting_have_different_fingerprints():
+    changes = ({}, {"seed": 1}, {"catalogue_seed": 1}, {"misled": 0.2}, {"cold": 0.2}, {"n_users": 50}, {"n_items": 100}, {"n_interactions": 350})
+    worlds = [toy.make(**dict(n_users=40, n_items=120, n_interactions=400) | change).data() for change in changes]
+    assert len({w.fingerprint for w in worlds}) == len(changes)
+
+
 def test_nobody_chooses_an_item_twice_and_time_runs_forward():
     assert all(len(set(s.tolist())) == len(s) for s in sequences(WORLD))
     assert (np.diff(WORLD.time) >= 0).all()
@@ -86,6 +92,17 @@ def test_the_order_of_items_is_that_before_the_last_two_choices_from_0_to_1():
     misled = WORLD.misled[users]                                   # their taste looks at the last choices
     assert (next_ != WORLD.p_next(users, length - 1, length))[misled].any(1).mean() > 0.5
     assert order[np.arange(len(users)), [seqs[u][-2] for u in users]].mean() > 0.85
+
+
+def test_the_truth_of_a_choice_knows_the_choices_before_it_and_its_own_time():
+    """The world's own law, by the sequences: before the k-th of n choices it is k / (n - 1), and the last 10 of the k are known."""
+    seqs = sequences(WORLD)
+    users = np.array([u for u in range(600) if len(seqs[u]) > 13])
+    length = np.array([len(seqs[u]) for u in users])
+    for back in (1, 3):
+        recent = np.stack([seqs[u][len(seqs[u]) - back - 10:len(seqs[u]) - back] for u in users])
+        want = WORLD.bias + WORLD.taste(users, (length - back) / (length - 1), recent)
+        np.testing.assert_allclose(WORLD.p_next(users, length - back, length), want)
 
 
 def test_more_of_the_same_is_right_for_most_users_and_wrong_for_the_misled():
