@@ -70,10 +70,10 @@ import torch.nn.functional as F
 
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
-from common.recommenders import AttentionUnit
+from common.recommenders import AttentionUnit, mean_of
 from common.run import (Run, UserError, at_least, folder_of, main, prefix, progress, strip,
                         summarise, variant, write_table)
-from common.sequences import Logs, bayes, popularity
+from common.sequences import Logs, bayes, category_table, popularity
 
 
 # 2 ------------------------------------------------------------------------------------------ arguments
@@ -144,6 +144,7 @@ class Args:
     # -- reward model (phase 3)
     features: Literal["both", "ids", "text"] = "both"  # both, or the ablations: ids only, text only
     text_dim: int = 64  # dimensions kept of a text's vector
+    categories: bool = False  # items bring their categories as plain inputs: what do texts add to these?
     history_text: bool = False  # past items carry their reasons, too, not only the candidate
     dim: int = 64  # width of the embeddings
     heads: int = 2  # attention heads, in [5] and in the Transformer
@@ -182,11 +183,13 @@ class Args:
             raise ValueError(f"--variants {','.join(sorted(unknown))}: among {','.join(VARIANTS)}")
         if "full" not in self.variants and (heirs := [name for name in self.variants if VARIANTS[name][1]]):
             raise ValueError(f"--variants {','.join(heirs)}: needs full too, whose LLM it takes over")
-        if self.ablations and not (self.align and self.correct and self.features == "both"):
+        if self.ablations and (not (self.align and self.correct and self.features == "both") or self.categories):
             raise ValueError("--ablations switches phases and features itself: "
-                             "leave --no-align, --no-correct and --features out")
+                             "leave --no-align, --no-correct, --features and --categories out")
         if self.refit and not (self.correct and self.features != "ids"):
             raise ValueError("--refit follows phase 4: it needs texts and correction")
+        if self.categories and self.features == "text":
+            raise ValueError("--categories needs --features ids or both: with text an item is its reasons alone")
         if self.recommend and not self.run:
             raise ValueError("--recommend needs --run FOLDER of a finished run")
         if (self.random_reasons or self.texts == "data") and self.correct:
@@ -213,13 +216,18 @@ class RewardModel(nn.Module):
     last; `texts` has patterns (U, K), reasons (I, M, K) and author (I, M), -1 = empty slot (see Texts).
     """
 
-    def __init__(self, args, n_users, n_items, text_dim):
+    def __init__(self, args, logs, text_dim):
         super().__init__()
-        D, self.args = args.dim, args
+        D, n_users, n_items, self.args = args.dim, len(logs.data.users), len(logs.data.items), args
         self.user, self.item = nn.Embedding(n_users, D), nn.Embedding(n_items + 1, D, padding_idx=0)
         self.position = nn.Embedding(args.max_history, D)
         for table in (self.user, self.item, self.position):
             nn.init.normal_(table.weight, std=0.02)
+        if args.categories:
+            self.register_buffer("categories", torch.from_numpy(
+                category_table([names[:8] for names in logs.data.categories])))
+            self.category = nn.Embedding(int(self.categories.max()) + 1, D)
+            nn.init.normal_(self.category.weight, std=0.02)
         self.query, self.key, self.value = (nn.Linear(text_dim, D) for _ in range(3))
         self.of_user = nn.Linear(text_dim, D)                # the pattern also speaks for the user directly
         self.no_reason_key, self.no_reason_value = (nn.Parameter(torch.zeros(D)) for _ in range(2))
@@ -293,9 +301,14 @@ class RewardModel(nn.Module):
         return (weights[..., None, :] @ split(values)).reshape(B, C, D)
 
     # [6] ----------------------------------------------------------------------------------------------------
+    def e(self, items):
+        """The item's own vector, (..., D): of its id, with --categories plus the mean of its categories'."""
+        e = self.item(items)
+        return e + mean_of(self.category, self.categories[items]) if self.args.categories else e
+
     def z(self, users, items, texts, extra=None, tables=None, hide_one=False):
         """[e_i; m_ui] -> (B, C, D); with --features ids or text one half is zero."""
-        e = self.drop(self.item(items))
+        e = self.drop(self.e(items))
         e = torch.zeros_like(e) if self.args.features == "text" else e
         if self.args.features == "ids":
             return self.join(torch.cat([e, torch.zeros_like(e)], -1))
@@ -308,7 +321,7 @@ class RewardModel(nn.Module):
 
     def past(self, users, history, texts):
         """H_u (B, L, D): causal Transformer over the history, so that H_t knows items up to t and none after."""
-        tokens = self.item(history)
+        tokens = self.e(history)
         if self.args.features == "text" or self.args.history_text:       # past items carry their reasons, too
             own = torch.zeros_like(tokens) if self.args.features == "text" else tokens
             m = self.match(users, history.clamp(min=1), texts)
@@ -846,7 +859,7 @@ def train_reward_model(args, run, logs, texts, device, name="reward"):
     The epoch that does best on validation users is kept, as "best/" of the checkpoint. Returns what it reached.
     """
     torch.manual_seed(args.seed)
-    model = RewardModel(args, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device)
+    model = RewardModel(args, logs, texts.patterns.shape[1]).to(device)
     model.set_priors(texts, logs)
     decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "bias" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim == 1 or "bias" in n]
@@ -907,7 +920,7 @@ def fit_or_load(args, run, logs, texts, device, name="reward"):
     """Phase 3, or what it left in the run folder: the reward model."""
     if not run.done(name):
         run.finish(name, train_reward_model(args, run, logs, texts, device, name))
-    model = RewardModel(args, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1]).to(device)
+    model = RewardModel(args, logs, texts.patterns.shape[1]).to(device)
     model.load_state_dict(strip(run.load(name)[0], "best/"))
     return model.eval()
 
@@ -1161,8 +1174,7 @@ def recommend(args):
               free=("micro_batch",))
     tensors, state = run.load("served")
     texts = restore_texts(old, logs, device, strip(tensors, "texts/"), state)
-    model = RewardModel(old, len(logs.n_train), len(logs.data.items),
-                        texts.patterns.shape[1]).to(device).eval()
+    model = RewardModel(old, logs, texts.patterns.shape[1]).to(device).eval()
     model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("texts/")})
     found = explain(old, model, logs, texts, u, args.top)
     print(f"user {found['user']}, {len(logs.sequence(u))} choices, the last: " + "; ".join(found["history"]))
@@ -1206,9 +1218,11 @@ CORRECTED = (*FITTED, "correct.safetensors", "texts-corrected.jsonl")
 VARIANTS = {   # name: (what changes, phases taken over from "full", their files)
     "full": ({}, (), ()),
     "ids only": ({"features": "ids"}, (), ()),
+    "categories": ({"features": "ids", "categories": True}, (), ()),
     "data's lines": ({"texts": "data", "correct": False}, ("align",), ALIGNED),
     "random reasons": ({"random_reasons": True, "correct": False}, ("align", "write"), WRITTEN),
     "content only": ({"features": "text", "correct": False}, ("align", "write"), WRITTEN),
+    "texts and categories": ({"categories": True, "correct": False}, ("align", "write"), WRITTEN),
     "w/o correction": ({"correct": False}, ("align", "write", "reward"), FITTED),
     "w/o update": ({"update": False}, ("align", "write", "reward"), FITTED),
     "w/o GRPO": ({"correct_lr_scale": 0.0}, ("align", "write", "reward"), FITTED),

@@ -158,15 +158,15 @@ def world(features="both", **changes):
         if i != 0:                                                # item 0 never gets a reason
             texts.put_reason(i, int(u), "x", torch.randn(8, generator=g), "test")
     torch.manual_seed(1)
-    model = curec.RewardModel(args, len(logs.data.users), len(logs.data.items), 8)
+    model = curec.RewardModel(args, logs, 8)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return args, logs, texts, model.eval()
 
 
-@pytest.mark.parametrize("features", ["both", "ids", "text"])
-def test_training_at_all_times_equals_serving_on_each_prefix(features):
-    args, logs, texts, model = world(features)
+@pytest.mark.parametrize("features, categories", [("both", False), ("ids", False), ("text", False), ("both", True)])
+def test_training_at_all_times_equals_serving_on_each_prefix(features, categories):
+    args, logs, texts, model = world(features, categories=categories)
     u = np.array([k for k in range(80) if logs.n_train[k] >= 8][:3])
     sequence = logs.histories(u, np.full(3, 8), 8)
     negatives = torch.tensor([[1, 5, 9], [2, 4, 6], [3, 5, 7]])
@@ -180,6 +180,18 @@ def test_training_at_all_times_equals_serving_on_each_prefix(features):
         assert torch.allclose(negative[:, t], want[:, 1:], atol=1e-4)
     model.train().told.fill_(1.0)                                 # in training, negatives have a reason hidden
     assert torch.equal(model.forward_all_times(users, sequence, negatives, texts)[1], negative) == (features == "ids")
+
+
+def test_an_item_is_its_id_and_with_categories_the_mean_of_theirs_too():
+    args, logs, texts, model = world("ids", categories=True)
+    number = {name: k for k, name in enumerate(sorted({n for names in logs.data.categories for n in names}), 1)}
+    mean = model.category.weight[[number[n] for n in logs.data.categories[6]]].mean(0)
+    assert torch.allclose(model.e(torch.tensor([[7]]))[0, 0], model.item.weight[7] + mean)
+    assert torch.equal(model.e(torch.tensor([0]))[0], model.item.weight[0])
+    history, items = torch.tensor([[1, 2, 3]]), torch.tensor([[7]])
+    before = model(torch.tensor([0]), history, items, texts)
+    model.category.weight.data[number[logs.data.categories[1][0]]] += 1              # of an item of the history
+    assert not torch.equal(model(torch.tensor([0]), history, items, texts), before)
 
 
 def test_the_future_influences_no_earlier_score():
@@ -445,7 +457,7 @@ def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_result_to_the_bi
     (["--group", "1"], 2, "--group must be at least 2"), (["--data", "nowhere"], 1, "no such folder"),
     (["--data", "toy:5"], 1, "USERSxITEMSxINTERACTIONS"), (["--lora-targets", "wq"], 1, "no such linear layer"),
     (["--backbone", "/nowhere"], 1, "cannot be loaded"), (["--recommend", "u1"], 2, "needs --run"),
-    (["--random-reasons"], 2, "--no-correct"), (["--lr", "0"], 2, "--lr"), (["--rm-epochs", "0"], 2, "--rm-epochs"),
+    (["--random-reasons"], 2, "--no-correct"), (["--categories", "--features", "text"], 2, "--features"), (["--lr", "0"], 2, "--lr"), (["--rm-epochs", "0"], 2, "--rm-epochs"),
     (["--correct-events", "0"], 2, "--correct-events"), (["--heads", "0"], 2, "--heads"), (["--data", "toy", "--min-interactions", "500"], 1, "--min-interactions"),
     (["--data", "toy", "--negatives", "390"], 1, "--negatives 390"), (["--ablations", "--variants", "w/o update"], 2, "w/o update: needs full too"), (["--variants", "half"], 2, "half: among full,ids only")])
 def test_a_users_mistake_is_one_clear_line(flags, status, words, tmp_path, capsys, monkeypatch):
@@ -539,7 +551,7 @@ def test_no_prompt_of_the_texts_holds_a_held_out_choice_and_the_aligned_llm_stay
     run = Run(args, "curec", "x")
     curec.write_texts(args, run, policy, logs)
     texts = curec.restore_texts(args, logs, "cpu", *run.load("texts"))
-    model = curec.RewardModel(args, len(logs.n_train), len(logs.data.items), texts.patterns.shape[1])
+    model = curec.RewardModel(args, logs, texts.patterns.shape[1])
     before = len(prompts)
     curec.correct(args, run, policy, logs, model, texts)
     assert before > 80 and len(prompts) > before + 400 and not any("HELD OUT" in p for p in prompts)
