@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = (   # method, data, flags, the picture that the README shows
     ("curec", "toy", "--ablations --seeds 0,1,2 --data toy", None),
     ("curec", "ml1m",
-     "--ablations --seeds 0,1,2 --data ml1m --users 1000 --variants 'ids only' "
-     "--min-interactions 1 --negative-power 0.75 --rm-epochs 10", None),
+     "--ablations --seeds 0,1,2 --data ml1m --variants 'ids only' "
+     "--min-interactions 1 --rm-batch 64 --negative-power 0.75 --rm-epochs 10", None),
     ("lcft", "toy",
      "--ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 "
      "--variants off,official:1e-4,official:1e-2,paper,swap,neg-ce", "ece.png"),
