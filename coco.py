@@ -877,7 +877,7 @@ def train(args, shared=None):
     if run.done("result"):
         return run.result(run.done("result"))
     model = CoCo(args, rows).to(device)
-    run.header(device=str(device),
+    run.header(args.prompt != "none", device=str(device),
                data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
                     f"{len(rows.data.items):,} items",
                rows=f"train {rows.train.shape[1]:,}, valid {rows.valid.shape[1]:,}, "

@@ -1058,7 +1058,7 @@ def train(args, shared=(None, (), ())):
     words = args.features != "ids"
     policy = Policy(args, device) if words else None
     trainable = sum(p.numel() for p in lora.parameters(policy.model)) if words else 0
-    run.header(device=str(device) + (f" x {world}" if world > 1 else ""),
+    run.header(words, device=str(device) + (f" x {world}" if world > 1 else ""),
                data=f"{logs.data.name} ({logs.data.fingerprint}): {len(logs.data.users):,} users, "
                     f"{len(logs.data.items):,} items, {len(logs.items):,} interactions, "
                     f"{logs.n_train.sum():,} of them training",

@@ -986,7 +986,8 @@ def train(args, shared=None):
               free=("api_parallel", "api_tries", "api_pause", "api_timeout", "api_price"))
     if run.done("result"):
         return run.result(run.done("result"))
-    run.header(device=str(device),
+    reads = args.llm_loss == "kar" or args.llm_loss != "none" and scorer(args, rows) == "backbone"
+    run.header(reads, device=str(device),
                data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
                     f"{len(rows.data.items):,} items",
                rows=f"train {2 * rows.train.shape[1]:,} (of a history of at most {args.cold}: "

@@ -487,9 +487,9 @@ class Run:
         write_atomically(self.folder / f"{name}.jsonl",
                          "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
-    def header(self, **facts):
+    def header(self, reads=True, **facts):
         """What was run, on what, on which data: printed once and kept in header.json, where `finish` adds the
-        minutes that it took. No environment, so no keys."""
+        minutes that it took. No environment, so no keys. reads: whether this run loads --backbone."""
         import transformers
         if self.rank > 0:
             return
@@ -503,7 +503,7 @@ class Run:
                              f"transformers {transformers.__version__}", "commit": commit(), **facts}
         for key, value in facts.items():
             print(f"{key:>12}  {value}")
-        if getattr(self.args, "backbone", None) == "tiny" and not self.args.data.startswith("toy"):
+        if reads and getattr(self.args, "backbone", None) == "tiny" and not self.args.data.startswith("toy"):
             print(f"{'note':>12}  the bundled LLM has only ever read the toy world's titles; "
                   "for texts that are worth something, --backbone takes a real one")
         sys.stdout.flush()

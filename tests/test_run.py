@@ -87,6 +87,12 @@ def test_overwriting_spares_what_is_not_ours_and_what_cannot_be_replaced(tmp_pat
     assert not (tmp_path / "r" / "c.safetensors").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["mine", "r"]
 
 
+@pytest.mark.parametrize("data, reads, told", [("ml1m", True, True), ("ml1m", False, False), ("toy", True, False)])
+def test_who_has_the_bundled_llm_read_other_data_than_its_own_is_told(tmp_path, capsys, data, reads, told):
+    Run(Args(data=data, run=str(tmp_path / "r")), "t", "abc").header(reads, device="cpu")
+    assert ("--backbone takes a real one" in capsys.readouterr().out) == told
+
+
 @pytest.mark.parametrize("problem, status, words", [
     (SafetensorError("I/O error: No space left"), 1, "could not be written"), (UserError("file:3: broken"), 1, "error: file:3: broken"), (KeyboardInterrupt(), 130, "--resume"),
     (OSError(28, "No space left on device", "x"), 1, "No space left"), (torch.OutOfMemoryError("CUDA"), 1, "lower")])
