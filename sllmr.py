@@ -341,6 +341,9 @@ def oracle(rows, wanted):
     world, args = rows.data.world, rows.args
     if world is None:
         raise UserError("--scorer oracle: only the toy world knows the truth; take backbone, api or file")
+    if args.min_rating:
+        raise UserError("--scorer oracle: the toy world knows what comes after all choices, not after the kept ones; "
+                        "leave --min-rating out, or take another --scorer")
     rng, users = np.random.default_rng([args.seed, 61]), list(wanted)
     number = lambda names: np.array([int(name[1:]) for name in names], dtype=int)             # "u7" -> 7
     raw_items = number(rows.data.items)
@@ -689,9 +692,9 @@ def uncertainty(logit, kind="maxprob", draws=None):
 
 
 def pick_pairs(scores, known, most, weight=1.0, pick="largest"):
-    """[3] Pairs (user row, i, j), each (P,), at most `most`, the item that the LLM scores higher first. scores,
-    known (U, M); weight (U, M, M) scales the gaps. largest: the largest gaps of all users. sample: most / U (at
-    least 1) random pairs of each user. Ties and unknown scores make no pair."""
+    """[3] Pairs (user row, i, j), each (P,), the item that the LLM scores higher first. scores, known (U, M);
+    weight (U, M, M) scales the gaps. largest: the `most` largest gaps of all users. sample: most / U (at least 1)
+    random pairs of each user. Ties and unknown scores make no pair."""
     M = scores.shape[1]
     gap = (scores[:, :, None] - scores[:, None, :]).masked_fill(~(known[:, :, None] & known[:, None, :]), 0)
     gap = (gap * weight).view(1, -1)
@@ -1095,8 +1098,10 @@ def plot(folder):
     matplotlib the same numbers are in metrics.jsonl."""
     if (plt := pyplot()) is None:
         return
-    runs = {gate: found[-1] for gate in ("paper", "normalised", "budget", "agreement")
-            if (found := sorted(folder.glob(f"s*/{gate}-*/metrics.jsonl")))}
+    # s2/paper-0.1/metrics.jsonl -> (2, 0.1)
+    number = lambda file: (int(file.parent.parent.name[1:]), float(file.parent.name.partition("-")[2]))
+    runs = {gate: max(found, key=number) for gate in ("paper", "normalised", "budget", "agreement")
+            if (found := list(folder.glob(f"s*/{gate}-*/metrics.jsonl")))}
     if not runs:
         return
     figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3.5), sharey=True, squeeze=False)
@@ -1106,7 +1111,7 @@ def plot(folder):
         for key in sorted(k for k in log[0] if k.startswith("alpha_")):
             label = key.removeprefix("alpha_").replace("_", " user, ") + " item"
             axis.plot([r["step"] for r in log], [r[key] for r in log], marker="o", label=label)
-        axis.set(title=f"--gate {gate}, λ = {file.parent.name.split('-')[-1]}", xlabel="epoch", ylim=(0, 1))
+        axis.set(title=f"--gate {gate}, λ = {number(file)[1]:g}", xlabel="epoch", ylim=(0, 1))
     axes[0].set_ylabel("mean α")
     axes[0].legend()
     figure.tight_layout()

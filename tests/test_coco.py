@@ -1,11 +1,13 @@
 """coco.py: codebook, what texts may hold, judge, masked tuning, served vectors, resume, bad input."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -563,3 +565,227 @@ def test_phase_4_ends_with_what_it_began_with_where_no_epoch_is_better(tmp_path,
     report, _ = coco.eliminate(a, coco.Run(a, "coco", "x"), model, known, torch.ones(len(known), dtype=torch.bool))
     now = model.state_dict() | lora.state(model.llm)
     assert report["valid_auc"] == 0.6 and all(torch.equal(v, before[k]) for k, v in now.items())
+
+
+# ------------------------------------------------------------------------------------------- what a run is made of
+@pytest.fixture
+def quick(monkeypatch):
+    """In place of the LLM: a number of the text, the prompt and, for users of the adapter, what that has learned."""
+    def read(model, texts, prompt):
+        learned = model.adapted[model.rows.text_user[texts]].float()[:, None] * lora.parameters(model.llm)[1].sum(1)[:8]
+        return torch.sin(texts[:, None] * torch.arange(1.0, 9.0)) + prompt.mean((1, 2))[:, None] + 10 * learned
+    monkeypatch.setattr(coco.CoCo, "read", read)
+
+
+def test_a_text_shows_the_titles_before_its_place_and_none_after(monkeypatch):
+    _, rows, model = built("--prompt-history", "3")
+    monkeypatch.setattr(coco.llm, "chat", lambda tokenizer, parts: parts)
+    for t in range(0, len(rows.text_user), 7):
+        u, place = int(rows.text_user[t]), int(rows.text_place[t])
+        shown = "\n".join(f"- {rows.logs.lines[i]}" for i in rows.logs.sequence(u)[:place][-3:])
+        assert model.tokens(t) == [0, 1, f"\nThe user chose these titles, oldest first:\n{shown}\nAnswer in one line."]
+
+
+def test_a_negative_that_is_drawn_anew_may_be_held_out():
+    _, rows, _ = built("--prompt", "none")
+    rows.redraw("base", 0)
+    assert any(n in rows.logs.sequence(u)[-2:] for u, n in rows.train[[0, 4]].T.tolist())    # to spare those would tell them
+
+
+def test_codes_in_use_stay_and_one_that_nobody_chose_is_moved():
+    torch.manual_seed(0)
+    book = coco.Codebook(4, 3, dead=3, kmeans=False)
+    before = book.codes.detach().clone()
+    for _ in range(10):
+        book(before)
+    assert torch.equal(book.codes, before)
+    for _ in range(3):
+        assert torch.equal(book.codes, before)
+        book(before[:3])
+    assert torch.equal(book.codes[:3], before[:3]) and (book.codes[3] == before[:3]).all(1).any()
+
+
+def test_a_mixture_does_not_depend_on_who_else_is_in_the_batch():
+    _, rows, model = built("--prompt", "mixture")
+    texts = torch.as_tensor(rows.train_texts[:5])
+    together = model.eval().prompt(texts)[0]
+    assert torch.allclose(model.prompt(texts[:1])[0], together[:1], atol=1e-6)
+    z, codes = model.to_query(model.state(rows.text_user[texts], rows.text_place[texts])), model.books[0].codes
+    value = (z @ codes.T / 8 ** 0.5).softmax(1) @ codes
+    assert torch.allclose(together.flatten(1), model.words[0].flatten() + model.scale * model.to_prompt(value), atol=1e-6)
+
+
+def test_the_mean_of_the_output_is_that_of_its_words():
+    e, o = coco.Extract(6, 4, "mean"), torch.randn(3, 6)
+    found = e(torch.randn(1, 2, 6), torch.cat([o, 100 * torch.ones(2, 6)])[None], torch.tensor([[True] * 3 + [False] * 2]))
+    assert torch.allclose(found[0], e.mlp(e.value(torch.nn.functional.layer_norm(o, (6,))).mean(0)), atol=1e-5)
+
+
+@pytest.mark.parametrize("judge", ["loss", "confidence"])
+def test_the_temperature_divides_wherever_a_loss_is_taken(judge):
+    s = torch.tensor([[2 * np.log(3.0), 0.0, 0.0]])
+    assert float(coco.rec_loss(s, "nce", 2.0)) == pytest.approx(-np.log(3 / 5), abs=1e-6) == -np.log(float(coco.confidence(s, "nce", 2.0)))
+    a, rows, model = built("--head", "nce", "--tau", "0.05", "--no-match", "--judge", judge, "--judge-level", "text", "--judge-least", "1", "--margin", "0")
+    model.eval()
+    model.ctr.item.weight.data.normal_()
+    texts, known = torch.as_tensor(rows.train_texts), torch.randn(len(rows.train_texts), 8)
+    table, owner = rows.of_texts(texts)
+    with torch.no_grad():
+        both = model.score(table, known[owner]), model.score(table)
+        loss, parts = coco.loss_of(a, model, texts, known, torch.tensor(0.5))
+        means = [coco.rec_loss(s / 0.05, "nce").mean() for s in both]
+        assert [parts["with_llm"], parts["without"]] == pytest.approx(means) and float(loss) == pytest.approx(float(sum(means)) + 0.5)
+        bad = lambda s: coco.rec_loss(s, "nce") if judge == "loss" else -coco.confidence(s, "nce")
+        judged = [torch.stack([(bad(both[0] / tau) - bad(both[1] / tau))[owner == t].mean() > 0 for t in range(len(texts))]) for tau in (0.05, 1.0)]
+    assert torch.equal(coco.contradicted(a, model, texts, known), judged[0]) and not torch.equal(*judged)
+
+
+def test_the_alignment_is_weighted_by_its_flag(quick):
+    a, rows, model = built()
+    model.eval()
+    texts, judged = torch.as_tensor(rows.train_texts[:8]), torch.ones(8, dtype=torch.bool)
+    loss = {w: coco.judged_loss(dataclasses.replace(a, align=w), model, texts, torch.zeros(8, 8), judged) for w in (0.0, 1.0, 3.0)}
+    term = float(loss[1.0][1]["align"])
+    assert term > 0 and [float(loss[w][0].detach() - loss[0.0][0].detach()) for w in (1.0, 3.0)] == pytest.approx([term, 3 * term], abs=1e-4)
+
+
+def test_the_judges_margin_is_that_of_one_choice_however_many_draws_and_it_leaves_the_model_in_training():
+    a, rows, model = built("--no-match", "--margin", "0.05", "--judge-least", "1", "--judge-level", "text")
+    texts, mean = torch.as_tensor(rows.train_texts), 0
+    known = 30 * torch.randn(len(texts), 8)
+    model.eval()
+    with torch.no_grad():
+        for draw in range(4):
+            rows.redraw("judge", draw)
+            table, owner = rows.of_texts(texts)
+            mean = mean + (coco.rec_loss(model.score(table, known[owner]), "bce") - coco.rec_loss(model.score(table), "bce")) / 4
+    mean = torch.stack([mean[owner == t].mean() for t in range(len(texts))])
+    assert torch.equal(coco.contradicted(a, model.train(), texts, known, 4), mean > 0.05) and not torch.equal(mean > 0.05, 4 * mean > 0.05)
+    assert model.training and model.books.training
+
+
+def test_the_judges_report_by_hand_of_users_whom_it_could_judge_and_whom_a_filter_left():
+    rows = types.SimpleNamespace(train=torch.tensor([[0, 0, 1, 2, 3]]))                      # user 4 has no training choice
+    judged, truth = np.array([1, 1, 0, 0, 1]) > 0, np.array([1, 0, 1, 1, 1]) > 0
+    assert coco.judge_report(rows, judged, truth) == {"judged": 0.5, "precision": 0.5, "recall": 0.3333}
+    world = types.SimpleNamespace(misled=np.array([False, True, True]))
+    assert coco.misled(types.SimpleNamespace(data=types.SimpleNamespace(users=["u2", "u0"], world=world))).tolist() == [True, False]
+
+
+def test_the_full_ranking_with_what_is_known_of_each():
+    _, rows, model = built("--prompt", "none", "--rank-users", "1000")
+    guess, known = torch.randn(len(rows.data.items)), torch.where(torch.arange(rows.test.shape[1]) % 3 == 0, -1.0, 1.0)[:, None]
+    model.score = lambda table, known=None: known * guess[table[3:].T]
+    ranks = []
+    for (u, place, _, target, *_), sign in zip(rows.test.T.tolist(), known[:, 0]):
+        had = rows.logs.sequence(u)[:place].tolist()
+        ranks.append(1 + sum(bool(sign * guess[i] > sign * guess[target]) for i in range(len(guess)) if i not in had))
+    assert coco.evaluate_ranking(model, known)["recall@20"] == pytest.approx(np.mean(np.array(ranks) <= 20), abs=1e-6)
+
+
+def test_validation_reads_what_the_llm_knows_of_each_row(quick, monkeypatch):
+    _, rows, model = built()
+    asked = []
+    monkeypatch.setattr(coco, "evaluate_rows", lambda model, table, known=None: asked.append((table, known)) or {"overall": 0.5})
+    coco.valid_auc(model)
+    (table, known), = asked
+    assert table is rows.valid and torch.equal(known, coco.knowledge(model, rows.valid[2]))
+
+
+def test_two_users_with_the_same_text_of_a_mixture_have_a_vector_each(quick, tmp_path, monkeypatch):
+    _, rows, model = built("--prompt", "mixture", "--run", str(tmp_path / "r"))
+    monkeypatch.setattr(model, "tokens", lambda text: [1, 2, 3])
+    texts = rows.test[2][:5]
+    assert torch.allclose(coco.Store(coco.Run(model.args, "coco", "x"), model).get(texts)[0], coco.knowledge(model, texts), atol=1e-6)
+
+
+@pytest.mark.parametrize("told", [(0.6, 0.5, 0.4), (0.6, 0.5, None, 0.4)])
+def test_a_phase_stops_where_patience_ends_and_a_kill_does_not_renew_it(tmp_path, monkeypatch, told):
+    a, _, model = built("--prompt", "none", "--base-epochs", "9", "--patience", "2", "--run", str(tmp_path / "r"), "--resume")
+    left = iter(told)
+
+    def judged(*_):
+        if (value := next(left)) is None:
+            raise KeyboardInterrupt
+        return {"overall": value}
+    monkeypatch.setattr(coco, "evaluate_rows", judged)
+    train = lambda: coco.train_base(a, coco.Run(a, "coco", "x"), model)[0]
+    if None in told:
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    batches = -(-model.rows.train.shape[1] // a.base_batch)
+    assert train() == {"valid_auc": 0.6, "steps": 3 * batches}
+
+
+def test_phase_4_reads_as_many_others_as_judged_texts(tmp_path, monkeypatch):
+    a, rows, model = built("--eliminate-batch", "4", "--run", str(tmp_path / "r"))
+    mask, seen = torch.arange(len(rows.train_texts)) % 5 == 0, []
+    monkeypatch.setattr(coco, "valid_auc", lambda model: 0.5)
+    monkeypatch.setattr(coco, "judged_loss", lambda args, model, texts, known, judged: seen.append((texts, judged)) or (model.gate.weight.sum(), {}))
+    coco.eliminate(a, coco.Run(a, "coco", "x"), model, torch.zeros(len(mask), 8), mask)
+    texts, judged = (torch.cat(x) for x in zip(*seen))
+    assert sorted(texts[judged].tolist()) == rows.train_texts[mask.numpy()].tolist()
+    assert (~judged).sum() == mask.sum() and all(len(x) <= 8 and 0 < y.sum() <= 4 for x, y in seen)
+
+
+def test_everything_is_judged_as_it_is_served_also_by_a_run_resumed_after_phase_4(quick, tmp_path, monkeypatch, capsys):
+    asked, seen, told = [], [], iter(range(99))
+    real = coco.evaluate_rows
+
+    def judge(args, model, texts, known, draws=0):
+        asked.append(draws)
+        return model.rows.text_user[texts] % 2 == 0
+
+    def judged(model, table, known=None):
+        seen.append((model, {id(model.rows.valid): "valid", id(model.rows.test): "test"}[id(table)], known, real(model, table, known)))
+        return seen[-1][-1]
+    monkeypatch.setattr(coco, "contradicted", judge)
+    monkeypatch.setattr(coco, "evaluate_rows", judged)
+    monkeypatch.setattr(coco, "valid_auc", lambda model: next(told) / 100)
+    a = args("--judge-draws", "7", "--lora-lr", "0.1", "--run", str(tmp_path / "r"))
+    result = coco.train(a)
+    (model, _, valid, _), (_, _, test, _), (_, _, none, _) = seen[-3:]
+    rows, first = model.rows, [found for *_, found in seen[-3:]]
+    assert asked == [7] and [where for _, where, _, _ in seen[-3:]] == ["valid", "test", "test"] and none is None
+    assert first == [result["valid"], result["test"], result["test_without_llm"]]
+    even = torch.arange(len(rows.data.users)) % 2 == 0
+    there = torch.bincount(rows.train[0], minlength=len(even)) > 0
+    assert torch.equal(model.adapted, even & there)              # those whom the judge named
+    for table, known in ((rows.valid, valid), (rows.test, test)):
+        assert torch.allclose(known, coco.knowledge(model, table[2]), atol=1e-5)
+    assert lora.parameters(model.llm)[1].any() and not torch.equal(valid, test)
+    phases = tmp_path / "r" / "phases.json"
+    phases.write_text(json.dumps({k: v for k, v in json.loads(phases.read_text()).items() if k != "result"}))
+    (tmp_path / "r" / "knowledge.safetensors").unlink()
+    again = coco.train(dataclasses.replace(a, resume=True))
+    assert torch.equal(seen[-2][2], test) and again["test"] == result["test"]
+
+
+def test_the_best_epoch_of_each_phase_goes_on_to_the_next(quick, tmp_path, monkeypatch, capsys):
+    states, told = [], iter((0.9, 0.1))
+    state = lambda model: {k: v.clone() for k, v in model.state_dict().items()}
+    monkeypatch.setattr(coco, "valid_auc", lambda model: states.append(state(model)) or next(told))
+    monkeypatch.setattr(coco, "evaluate_ranking", lambda model, known: states.append(state(model)) or {"ndcg@10": 0.0})
+    coco.train(args("--judge", "off", "--epochs", "2", "--run", str(tmp_path / "r")))
+    best, last, served = states
+    assert all(torch.equal(v, best[k]) for k, v in served.items()) and any(not torch.equal(v, last[k]) for k, v in served.items())
+
+
+def test_each_row_of_the_table_differs_and_takes_over_only_what_it_does_not_change_and_each_seed_is_its_own(tmp_path, monkeypatch, capsys):
+    changes = [change for change, _ in coco.VARIANTS.values()]
+    assert all(changes.count(change) == 1 for change in changes)
+    for change, base in coco.VARIANTS.values():                  # phases 1 and 2 read none of these
+        assert base is None or set(change) <= {"judge", "adapt", "eliminate_lr", "lora_lr"} and coco.VARIANTS[base] == ({"judge": "off"}, None)
+    assert coco.VARIANTS["recommender alone"][0] == coco.VARIANTS["recommender too"][0] | {"lora_lr": 0.0}
+    asked = []
+
+    def train(args, shared):
+        asked.append((args.seed, args.judge, args.run, shared and str(shared)))
+        Path(args.run).mkdir(parents=True)
+        (Path(args.run) / "header.json").write_text("{}")
+        (Path(args.run) / "result.json").write_text(json.dumps({"script": "coco", "test": {"overall": 0.5}}))
+        return {"test": {"overall": 0.5}, "ranking": {"ndcg@10": 0.5}}
+    monkeypatch.setattr(coco, "train", train)
+    coco.ablations(args("--ablations", "--variants", "codebook,full", "--seeds", "4,5", "--run", str(tmp_path)))
+    of = lambda seed, name: str(tmp_path / f"s{seed}" / name)
+    assert asked == [x for s in (4, 5) for x in ((s, "off", of(s, "codebook"), None), (s, "loss", of(s, "full"), of(s, "codebook")))]

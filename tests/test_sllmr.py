@@ -594,7 +594,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
 
 
 @pytest.mark.parametrize("flags,status,message", [
-    (("--oracle", "1,2,3"), 2, "--oracle takes four shares"), (("--scorer", "file"), 2, "--scorer file needs --scores"), (("--prompt-history", "0"), 2, "--prompt-history"),
+    (("--oracle", "1,2,3"), 2, "--oracle takes four shares"), (("--min-rating", "3"), 1, "leave --min-rating out"), (("--scorer", "file"), 2, "--scorer file needs --scores"), (("--prompt-history", "0"), 2, "--prompt-history"),
     (("--gate", "truth", "--scorer", "file", "--scores", "x"), 1, "--gate truth"), (("--tune-steps", "-1"), 2, "--tune-steps"), (("--tune-lr", "0"), 2, "--tune-lr"),
     (("--scorer", "oracle", "--scores", "x"), 2, "--scores"), (("--scores", "nothing.jsonl"), 1, "nothing.jsonl"), (("--lr", "1e30"), 1, "lower --lr"),
     (("--recommender", "autoint", "--dim", "7"), 2, "--dim"), (("--mlp", "0"), 2, "--mlp"), (("--scored-users", "-1"), 2, "--scored-users"),
@@ -711,3 +711,264 @@ def test_lambda_is_chosen_by_validation(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sllmr, "train", train)
     table = sllmr.ablations(sllmr.Args(data=TOY, ablations=True, variants=("KD",), lams=(0.1, 0.3), run=str(tmp_path / "a")))
     assert set(table) == {"dcnv2, KD 0.3"}
+
+
+# ------------------------------------------------------------------------------------------- what a run is made of
+def of_the_truth(r):
+    """The scores of the toy's truth, all of them, as the regulariser reads them."""
+    return sllmr.Scored(r, {(u, i): s for u, items, scores in sllmr.oracle(r, sllmr.candidates(r)) for i, s in zip(items, scores)})
+
+
+def test_no_row_to_judge_by_has_a_negative_that_the_user_chose_and_one_drawn_anew_may_be_held_out():
+    r = rows()
+    had = [set(r.logs.sequence(u).tolist()) for u in range(len(r.data.users))]
+    assert not any(n in had[u] for table in (r.valid, r.test) for u, n in table[[0, 3]].T.tolist())
+    r.redraw(0)
+    assert any(n in r.logs.sequence(u)[-2:] for u, n in r.train[[0, 3]].T.tolist())          # to spare those would tell them
+
+
+def test_candidates_may_be_held_out_and_those_of_cold_users_are_of_the_whole_catalogue():
+    r = rows(candidates=20, pool=20, extra=0.0)
+    found = sllmr.candidates(r)
+    assert any(set(items) & set(r.logs.sequence(u)[r.logs.n_train[u]:].tolist()) for u, items in found.items())
+    assert all((r.rank[items] >= 20).any() == r.cold[u] for u, items in found.items())
+
+
+def test_made_cold_a_user_keeps_the_last_five_or_six_choices_and_a_rare_item_is_scored_for_few():
+    plain, starved = rows(cold_users=0.0), rows(cold_users=0.5)
+    names = lambda r, u: [r.data.items[i] for i in r.logs.sequence(u)]
+    had = {name: names(plain, u) for u, name in enumerate(plain.data.users)}
+    left = {name: names(starved, u) for u, name in enumerate(starved.data.users)}
+    assert all(left[name] in (had[name], had[name][-5:], had[name][-6:]) for name in had)
+    assert 0.3 < np.mean([left[name] != had[name] for name in had]) < 0.6
+    r = rows(candidates=5, pool=50, extra=0.2, cold_users=0.0)
+    warm = {u: items for u, items in sllmr.candidates(r).items() if not r.cold[u]}
+    share = np.mean([(r.rank[items] >= 160 - 32).sum() / 32 for items in warm.values()])
+    assert len(r.rank) == 160 and 0.07 < share < 0.13             # M / N of the users, less those who had it
+
+
+def test_an_answer_may_tell_its_scores_in_any_order():
+    text = json.dumps({"scores": [{"id": 3, "score": 0.3}, {"id": 1, "score": 0.1}]})
+    assert sllmr.parse_scores(text, 3, some=True) == [0.1, None, 0.3]
+
+
+def test_no_prompt_for_a_score_shows_a_held_out_title():
+    r = rows(prompt_history=3)
+    for u in map(int, r.logs.held_out[:20]):
+        mine = r.logs.sequence(u)[:r.logs.n_train[u]]
+        shown = "\n".join(f"- {r.logs.lines[i]}" for i in mine[-3:])
+        (read, question), = sllmr.ask(r, u, [5])
+        assert f"first:\n{shown}\nWill" in read and question == f"- {r.logs.lines[5]}"
+        assert f"first:\n{shown}\n\nHow" in sllmr.rank_prompt(r, u, [5])
+        assert f"first:\n- {r.logs.lines[mine[0]]}\nWill" in sllmr.ask(r, u, [5], 1)[0][0]
+
+
+def test_the_backbones_score_is_the_probability_of_yes_and_a_single_candidate_is_scored_like_any_other(monkeypatch):
+    r = rows()
+    model, tokenizer = llm.load("tiny")
+    yes, no = (llm.single_token(tokenizer, word) for word in ("Yes", "No"))
+    asked = [sllmr.ask(r, int(u), items) for u, items in zip(r.logs.held_out, ([7], [7, 8, 9]))]
+    for prompts, got in zip(asked, sllmr.score_shared(model, tokenizer, asked, yes, no)):
+        z = model(torch.tensor([llm.chat(tokenizer, "".join(prompts[0]))])).logits[0, -1]
+        assert float(z[yes] - z[no]) == pytest.approx(float(got[0]), abs=1e-4)
+    told = []
+    monkeypatch.setattr(sllmr, "score_shared", lambda *_: told.append(_[3:]) or [torch.tensor([2.0, -1.0])])
+    (u, items, scores), = sllmr.by_backbone(r, {3: [5, 6]})
+    assert (u, items) == (3, [5, 6]) and scores == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]) and told == [(yes, no)]
+
+
+def test_what_the_llm_is_worth_alone_is_told_of_validation_rows(letters, capsys):
+    sllmr.print_auc([[1, 0], [3, 2], [2, 0]])                    # 7.5 of 9 pairs
+    assert "AUC 0.8333 on 6 validation rows" in capsys.readouterr().out
+    r = rows(tune_steps=1)
+    r.test = None                                                # nobody reads those
+    list(sllmr.by_encoder(r, {0: [1]}))
+    model, tokenizer = llm.load("tiny")
+    sllmr.tune(r, model, tokenizer, *(llm.single_token(tokenizer, word) for word in ("Yes", "No")), batch=2, asked=2)
+    assert "on 4 validation rows" in capsys.readouterr().out
+
+
+def test_a_refused_key_is_not_asked_with_again_and_a_redirect_carries_it_nowhere():
+    asked = []
+
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.send_response(301 if "moved" in self.path else 401)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        do_GET = do_POST
+        log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    for path, says in (("v1", "401"), ("moved", "301")):
+        with pytest.raises(UserError, match=f"the server says {says}"):
+            sllmr.call(sllmr.Args(api_base=f"http://127.0.0.1:{server.server_port}/{path}"), "k", "hello")
+    server.shutdown()
+    assert asked == ["/v1/chat/completions", "/moved/chat/completions"]
+
+
+def test_a_user_whose_scores_were_cut_short_has_each_once_in_the_file(tmp_path):
+    r = rows()
+    table = sllmr.score(r.args, tmp_path, r)
+    path = tmp_path / "scores.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    assert sllmr.score(r.args, tmp_path, r) == table and len(path.read_text().splitlines()) == len(table)
+
+
+def test_scores_are_taken_over_only_where_all_that_they_depend_on_is_the_same():
+    r = rows()
+    every = {"seed": 1, "cold": 2, "tail": 0.3, "candidates": 7, "pool": 9, "extra": 0.3, "scored_users": 5}
+    for kind, own in {"oracle": {"oracle": (1.0, 1.0, 1.0, 1.0)}, "encoder": {"prompt_history": 3},
+                      "backbone": {"backbone": "x", "dtype": "float32", "tune_steps": 3, "tune_lr": 1.0, "prompt_history": 3},
+                      "api": {"api_base": "http://x", "api_model": "x", "prompt_history": 3}}.items():
+        made = lambda **change: sllmr.made_by(dataclasses.replace(r.args, **change), kind, r.data)
+        assert all(made(**{name: value}) != made() for name, value in (every | own).items()) and made(lam=7.0) == made()
+
+
+def test_the_price_of_a_dry_run_by_hand(monkeypatch, capsys):
+    monkeypatch.setattr(sllmr, "candidates", lambda rows: {3: [5, 6]})
+    r = rows(api_price=(3e6, 5e6))
+    sllmr.estimate(r)
+    given = len(sllmr.rank_prompt(r, 3, [5, 6])) / 4
+    assert f"{given:,.0f} tokens in and 34 out: ${3 * given + 5 * 34:,.2f}" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- the loss, as flags ask for it
+def test_margin_reduction_and_budget_are_those_that_were_asked_for():
+    r = rows(gate="budget")
+    args = dataclasses.replace(r.args, margin=0.2, reduction="sum", budget=0.7, budget_weight=3.0, pairs=10**6)
+    scored, model, pick = of_the_truth(r), sllmr.Model(args, r), torch.arange(9)
+    s = noise(scored.items[pick])
+    model.forward = lambda users, place, items: s
+    alpha = sllmr.alphas(args, model, scored, pick, s)
+    pairs = sllmr.pick_pairs(scored.scores[pick], scored.known[pick], 10**6)
+    want = sllmr.pair_loss(s, alpha, pairs, 0.2, "budget", "sum", (0.7, 3.0))
+    assert float(sllmr.regulariser(args, model, scored, pick).detach()) == pytest.approx(float(want.detach()))
+
+
+def test_pairs_are_of_whom_the_gate_trusts_and_as_they_were_asked_for(monkeypatch):
+    r = rows(gate="agreement", gate_init=(20.0, 0.0, 0.0, -10.0))
+    real, seen = sllmr.pair_loss, []
+    monkeypatch.setattr(sllmr, "pair_loss", lambda s, alpha, pairs, *rest: seen.append(pairs) or real(s, alpha, pairs, *rest))
+    scored, _, _ = regularised(r, noise, pairs=8)
+    assert len(seen[0][0]) == 8 and scored.cold[seen[0][0], 0].all() and not scored.cold[:, 0].all()
+    regularised(r, noise, pairs=len(scored.users), pick="sample")
+    assert len(seen[1][0]) == len(seen[1][0].unique()) > 8       # one of each
+
+
+def test_nothing_is_set_aside_but_for_the_gate_of_agreement():
+    assert not any(of_the_truth(rows(gate=gate, gate_share=0.5)).aside.any() for gate in ("paper", "ones", "truth"))
+    assert 0.45 < of_the_truth(rows(gate="agreement", gate_share=0.5)).aside.float().mean() < 0.55
+
+
+def test_kd_and_pointwise_by_hand_on_what_was_scored_alone():
+    r = rows()
+    scored = sllmr.Scored(r, {(0, 3): 0.9, (0, 4): 0.2, (1, 5): 0.5})
+    for how, of in (("pointwise", lambda p, y: (p - y) ** 2), ("kd", lambda p, y: -y * math.log(p) - (1 - y) * math.log(1 - p))):
+        args = dataclasses.replace(r.args, llm_loss=how)
+        model = sllmr.Model(args, r)
+        model.forward = lambda users, place, items: torch.tensor([[1.0, -1.0], [2.0, 3.0]])
+        p = [1 / (1 + math.exp(-s)) for s in (1.0, -1.0, 2.0)]
+        want = sum(map(of, p, (0.9, 0.2, 0.5))) / 3
+        assert float(sllmr.regulariser(args, model, scored, torch.arange(2))) == pytest.approx(want)
+
+
+def test_kar_reads_the_text_of_the_item_and_the_mean_of_the_past_ones(monkeypatch):
+    r = rows(llm_loss="kar", max_history=3)
+    v = torch.randn(len(r.data.items), 4)
+    monkeypatch.setattr(sllmr.llm, "encode", lambda *_, **__: v)
+    vectors = sllmr.text_vectors(r)
+    w = (v - v.mean(0)) / v.std(0)
+    w = w / w.norm(dim=1, keepdim=True)
+    assert torch.allclose(vectors[1:], w, atol=1e-4) and not vectors[0].any()
+    model, seen = sllmr.Model(r.args, r, vectors), []
+    monkeypatch.setattr(model.ctr, "forward", lambda users, items, history, extra: seen.append(extra))
+    users, place = r.test[:2, :5]
+    model(users, place, torch.tensor([[8, 9]] * 5))
+    for k, (u, p) in enumerate(zip(users.tolist(), place.tolist())):
+        past = w[torch.as_tensor(r.logs.sequence(u)[max(0, p - 3):p].astype(int))].mean(0)
+        assert torch.allclose(seen[0][k], torch.stack([torch.cat([w[i], past]) for i in (8, 9)]), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- training and results
+def test_negatives_are_drawn_anew_where_asked_and_the_second_sampler_draws_other_users_in_each_epoch(tmp_path, monkeypatch):
+    drawn, picked = [], []
+    monkeypatch.setattr(sllmr.Rows, "redraw", lambda rows, epoch: drawn.append(epoch))
+    monkeypatch.setattr(sllmr, "regulariser", lambda args, model, scored, pick: picked.append(sorted(pick.tolist())) or model.ctr.out.weight.sum() * 0)
+    for redraw in (False, True):
+        r = rows(epochs=2, llm_loss="kd", redraw=redraw, run=str(tmp_path / str(redraw)), batch=10**6)
+        sllmr.fit(r.args, sllmr.Run(r.args, "sllmr", "x"), r, of_the_truth(r), None)
+        assert drawn == [0, 1] * redraw
+    assert picked[:2] == picked[2:] and picked[0] != picked[1]   # a batch is an epoch here
+
+
+def test_the_gate_has_a_learning_rate_of_its_own_and_does_not_decay(tmp_path, monkeypatch):
+    real, made = torch.optim.Adam, []
+    monkeypatch.setattr(torch.optim, "Adam", lambda *groups, **flags: made.append(real(*groups, **flags)) or made[-1])
+    r = rows(epochs=1, llm_loss="none", lr=3e-3, gate_lr=5e-2, weight_decay=0.1, run=str(tmp_path / "r"))
+    model, _ = sllmr.fit(r.args, sllmr.Run(r.args, "sllmr", "x"), r, None, None)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in made[0].param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in model.gate.parameters()} == {(5e-2, 0.0)} and {rates[id(p)] for p in model.ctr.parameters()} == {(3e-3, 0.1)}
+
+
+@pytest.mark.parametrize("told", [(0.6, 0.5, 0.4), (0.6, 0.5, None, 0.4)])
+def test_training_stops_where_patience_ends_and_a_kill_does_not_renew_it(tmp_path, monkeypatch, told):
+    left = iter(told)
+
+    def judged(*_):
+        if (value := next(left)) is None:
+            raise KeyboardInterrupt
+        return {"overall": value}
+    monkeypatch.setattr(sllmr, "evaluate_rows", judged)
+    r = rows(epochs=9, patience=2, llm_loss="none", run=str(tmp_path / "r"), resume=True)
+    fit = lambda: sllmr.fit(r.args, sllmr.Run(r.args, "sllmr", "x"), r, None, None)[1]
+    if None in told:
+        with pytest.raises(KeyboardInterrupt):
+            fit()
+    assert fit() == {"epochs": 3, "valid_auc": 0.6}
+
+
+def test_a_result_tells_validation_from_test_and_a_run_resumed_after_training_has_the_same(tmp_path, monkeypatch):
+    told = iter((0.9, 0.1))
+    monkeypatch.setattr(sllmr, "evaluate_rows", lambda model, rows, table: {"overall": 0.25 if table is rows.test else next(told, 0.75)})
+    args = parse(sllmr.Args, "", [*SMALL, "--llm-loss", "none", "--epochs", "2", "--lr", "0.05", "--run", str(tmp_path / "r")])
+    first = sllmr.train(args)
+    assert (first["valid"], first["test"]) == ({"overall": 0.75}, {"overall": 0.25})
+    phases = tmp_path / "r" / "phases.json"
+    phases.write_text(json.dumps({k: v for k, v in json.loads(phases.read_text()).items() if k != "result"}))
+    assert sllmr.train(dataclasses.replace(args, resume=True)) == first                      # of the best epoch, not of the last
+
+
+def test_what_is_told_of_the_gate_is_what_it_says_of_such_pairs(tmp_path):
+    """Cold users' scores are right, and the gate trusts these: alpha is sigmoid(9) for them, and 1/2 for the others."""
+    result = sllmr.train(parse(sllmr.Args, "", [*SMALL, "--gate", "fixed", "--gate-init", "9,0,0,0", "--oracle", "0,0,1,1", "--run", str(tmp_path / "r")]))
+    log = json.loads((tmp_path / "r" / "metrics.jsonl").read_text())
+    assert result["gate_auc"] == 1 and result["gate_is"] == {"cold": 9, "tail": 0, "unsure": 0, "b": 0}
+    for cell in ("cold_head", "cold_tail", "warm_head", "warm_tail"):
+        assert log[f"alpha_{cell}"] == pytest.approx(1 / (1 + math.exp(-9)) if "cold" in cell else 0.5, abs=1e-5)
+
+
+def test_doubt_under_dropout_is_there_where_the_gate_is_looked_at():
+    r = rows(gate="fixed", uncertainty="dropout", gate_init=(0.0, 0.0, 1e8, 0.0), dropout=0.5)
+    scored, model = of_the_truth(r), sllmr.Model(r.args, r)
+    assert (sllmr.gate_view(r.args, model, scored)[0] > 0.5).all() and not model.training
+
+
+def test_each_row_of_the_table_is_what_its_name_says_and_each_seed_its_own(tmp_path, monkeypatch, capsys):
+    gates = sllmr.Args.__annotations__["gate"].__args__
+    pairwise = {g: {"llm_loss": "pairwise", "gate": g} for g in gates} | {
+        "no prior": {"llm_loss": "pairwise", "gate": "agreement", "gate_init": (0.0, 0.0, 0.0, 0.0)}}
+    assert sllmr.VARIANTS == pairwise | {name: {"llm_loss": name.lower()} for name in ("none", "KAR", "KD", "pointwise")}
+    asked = []
+
+    def train(args, shared):
+        asked.append((args.seed, args.llm_loss, args.lam, Path(args.run).parent.name, shared.name))
+        Path(args.run).mkdir(parents=True)
+        (Path(args.run) / "header.json").write_text("{}")
+        (Path(args.run) / "result.json").write_text(json.dumps({"script": "sllmr", "test": {"overall": 0.5}}))
+        return {"valid": {"overall": 0.5}, "test": {"overall": 0.5}}
+    monkeypatch.setattr(sllmr, "train", train)
+    sllmr.ablations(sllmr.Args(data=TOY, ablations=True, variants=("none", "KD"), lams=(0.3,), seeds=(4, 5), run=str(tmp_path / "a")))
+    assert asked == [(seed, how, lam, f"s{seed}", f"scores-s{seed}") for seed in (4, 5) for how, lam in (("none", 0.0), ("kd", 0.3))]
