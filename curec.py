@@ -40,7 +40,8 @@ DEVIATIONS AND CHOICES. No code and no full text of the paper is public; what fo
     training history, so that it may name a training target, never a held-out one.
   - The score [6] has parts of its own beside the MLP: <z, last state of the encoder>, a bias per item that
     starts at the log of its popularity, u * z as an input, and the pattern speaks for the user as well as for
-    the query. Texts' vectors are whitened.
+    the query. Texts' vectors are whitened. --categories adds the mean of an item's categories to e_i: the control
+    for what texts add.
   - A sampled reason that is empty or cut off is worth the score without a new reason, minus 1.
   - "Without update" steps the LLM, keeps the best sampled reason and rewrites neither pattern nor reason.
   - The signal [7] is the logit in fp32, not its sigmoid, which saturates and then has no differences to learn from.
