@@ -74,7 +74,7 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--variants 'codebook,shared,mixture,mean pool,no match,ste,ema,no reset'", None),
     ("coco", "ml1m",
      "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --epochs 3 "
-     "--variants 'no LLM,no LLM but categories,static,codebook'", "pilot.png"),
+     "--variants 'no LLM,no LLM but categories,static,gender,age,codebook,full'", "pilot.png"),
     # last: it stops where wordllama, an optional package, is missing
     ("sllmr", "amazon-beauty-encoder",
      "--ablations --seeds 0,1,2 --data amazon-beauty --brand --scorer encoder --candidates 10 --extra 0.02 "
