@@ -49,7 +49,7 @@ DEVIATIONS AND CHOICES. No code and no full text of the paper is public; what fo
     Interactions with no user or item in common share a batch (and a GRPO step); see `schedule`.
   - Literal readings and sounder ones are named modes: --length-norm, --advantage-scale, --kl, --zero-std.
 
-  python curec.py --data toy --backbone tiny                     # 4 minutes on 2 cores
+  python curec.py --data toy --backbone tiny                     # 5 minutes on 2 cores
   python curec.py --data ml1m --backbone Qwen/Qwen2.5-3B          # on a GPU
   python curec.py --recommend u7 --run runs/curec-toy-tiny-s0     # what user u7 is shown, and why
 """
