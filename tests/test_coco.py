@@ -700,15 +700,9 @@ def test_two_users_with_the_same_text_of_a_mixture_have_a_vector_each(quick, tmp
 
 
 @pytest.mark.parametrize("told", [(0.6, 0.5, 0.4), (0.6, 0.5, None, 0.4)])
-def test_a_phase_stops_where_patience_ends_and_a_kill_does_not_renew_it(tmp_path, monkeypatch, told):
+def test_a_phase_stops_where_patience_ends_and_a_kill_does_not_renew_it(tmp_path, monkeypatch, telling, told):
     a, _, model = built("--prompt", "none", "--base-epochs", "9", "--patience", "2", "--run", str(tmp_path / "r"), "--resume")
-    left = iter(told)
-
-    def judged(*_):
-        if (value := next(left)) is None:
-            raise KeyboardInterrupt
-        return {"overall": value}
-    monkeypatch.setattr(coco, "evaluate_rows", judged)
+    monkeypatch.setattr(coco, "evaluate_rows", telling(told))
     train = lambda: coco.train_base(a, coco.Run(a, "coco", "x"), model)[0]
     if None in told:
         with pytest.raises(KeyboardInterrupt):

@@ -914,14 +914,8 @@ def test_the_gate_has_a_learning_rate_of_its_own_and_does_not_decay(tmp_path, mo
 
 
 @pytest.mark.parametrize("told", [(0.6, 0.5, 0.4), (0.6, 0.5, None, 0.4)])
-def test_training_stops_where_patience_ends_and_a_kill_does_not_renew_it(tmp_path, monkeypatch, told):
-    left = iter(told)
-
-    def judged(*_):
-        if (value := next(left)) is None:
-            raise KeyboardInterrupt
-        return {"overall": value}
-    monkeypatch.setattr(sllmr, "evaluate_rows", judged)
+def test_training_stops_where_patience_ends_and_a_kill_does_not_renew_it(tmp_path, monkeypatch, telling, told):
+    monkeypatch.setattr(sllmr, "evaluate_rows", telling(told))
     r = rows(epochs=9, patience=2, llm_loss="none", run=str(tmp_path / "r"), resume=True)
     fit = lambda: sllmr.fit(r.args, sllmr.Run(r.args, "sllmr", "x"), r, None, None)[1]
     if None in told:
