@@ -633,8 +633,8 @@ def test_the_temperature_divides_wherever_a_loss_is_taken(judge):
     with torch.no_grad():
         both = model.score(table, known[owner]), model.score(table)
         loss, parts = coco.loss_of(a, model, texts, known, torch.tensor(0.5))
-        means = [coco.rec_loss(s / 0.05, "nce").mean() for s in both]
-        assert [parts["with_llm"], parts["without"]] == pytest.approx(means) and float(loss) == pytest.approx(float(sum(means)) + 0.5)
+        means = [float(coco.rec_loss(s / 0.05, "nce").mean()) for s in both]
+        assert [parts["with_llm"], parts["without"]] == pytest.approx(means) and float(loss) == pytest.approx(sum(means) + 0.5)
         bad = lambda s: coco.rec_loss(s, "nce") if judge == "loss" else -coco.confidence(s, "nce")
         judged = [torch.stack([(bad(both[0] / tau) - bad(both[1] / tau))[owner == t].mean() > 0 for t in range(len(texts))]) for tau in (0.05, 1.0)]
     assert torch.equal(coco.contradicted(a, model, texts, known), judged[0]) and not torch.equal(*judged)
