@@ -1042,13 +1042,13 @@ def plot(found, path):
         gain = np.array([[r["test"].get(g, np.nan) - b["test"].get(g, np.nan) for g in groups]
                          for r, b in zip(found[name], found["no LLM"])])
         spread = gain.std(0, ddof=1) if len(gain) > 1 else None
-        axis.bar(np.arange(len(groups)) + (k - len(others) / 2) / (len(others) + 1), gain.mean(0),
+        axis.bar(np.arange(len(groups)) + (k - (len(others) - 1) / 2) / (len(others) + 1), gain.mean(0),
                  1 / (len(others) + 1), yerr=spread,
                  error_kw={"linewidth": 0.8, "ecolor": "grey"}, label=name)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 4 else 0)
     axis.set(ylabel="AUC over no LLM", title=f"Who gains by which prompt ({len(found['no LLM'])} seeds)")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
