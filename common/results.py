@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common import metrics
-from common.run import Parser, write_atomically
+from common.run import Parser, pyplot, write_atomically
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (   # method, data, flags, the picture that the README shows
@@ -81,6 +81,25 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--lr 1e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 10 --rank-users 100 "
      "--variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
 )
+
+PANELS = (   # of the overview: title, column, table, the row to compare with, {row, without its value: its name there}
+    ("CURec, toy world: NDCG@10", "NDCG@10", "curec-toy", None,
+     {"ids only": "ids only", "categories": "genre and theme", "random reasons": "wrong reasons",
+      "w/o correction": "reasons of the aligned LLM", "full": "and corrected", "w/o both": "LLM as it comes"}),
+    ("LCFT, toy world:\ncontradictions", "contradiction", "lcft-toy-long", None,
+     {"off": "fine-tuning alone", "paper": "paper", "swap": "bounded", "neg-ce": "control: neg-ce"}),
+    ("LCFT, MovieLens-100K:\ncontradictions", "contradiction", "lcft-ml100k-long", None,
+     {"off": "fine-tuning alone", "swap": "bounded", "neg-ce": "control: neg-ce"}),
+    ("S-LLMR, toy world, cold users:\nAUC over no LLM", "cold", "sllmr-toy", "none",
+     {"mean, ones": "no gate", "mean, paper": "gate as published", "mean, agreement": "agreement",
+      "mean, no prior": "and from nothing", "mean, truth": "gate told the truth"}),
+    ("S-LLMR, the same with new negatives,\nneither cold nor tail: AUC over no LLM",
+     "dense", "sllmr-toy-redraw", "none",
+     {"mean, ones": "no gate", "mean, agreement": "agreement",
+      "mean, no prior": "and from nothing", "mean, truth": "gate told the truth"}),
+    ("CoCo, toy world: AUC", "overall", "coco-toy", None,
+     {"no LLM": "no LLM", "no LLM but categories": "no LLM, but categories", "static": "one static text",
+      "codebook": "codebook", "full": "and judged users tuned", "judge all": "and everybody tuned"}))
 
 
 def command(method, flags):
@@ -166,7 +185,45 @@ def render(path, chosen=COMMANDS, base=ROOT):
             readme = put(readme, command(method, flags), [*markdown(record["ablations"]), "", made(record)])
             done.append(table.stem)
     write_atomically(path, readme)
+    if found := panels(kept):
+        overview(found, kept / "overview.png")
     return done
+
+
+def panels(kept):
+    """The PANELS whose tables are in this folder: {title: {name: values by seed}}; rows that are there."""
+    found = {}
+    for title, column, table, base, names in PANELS:
+        if (kept / f"{table}.json").exists():
+            rows = json.loads((kept / f"{table}.json").read_text(encoding="utf-8"))["ablations"]
+            rows = {re.sub(r" [\d.e-]+$", "", row): cells for row, cells in
+                    (against(rows, base) if base else rows).items()}
+            found[title] = {name: rows[row][column]["values"] for row, name in names.items()
+                            if "values" in rows.get(row, {}).get(column, {})}
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def overview(found, path):
+    """One picture of what the methods do: a point a seed, a line at the mean. Without matplotlib the old one
+    stays."""
+    if (plt := pyplot()) is None:
+        return
+    figure, axes = plt.subplots(2, -(-len(found) // 2), figsize=(12.5, 5.5), squeeze=False)
+    for axis, (title, rows) in zip(axes.flat, found.items()):
+        for y, values in enumerate(rows.values()):
+            axis.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.5)
+            axis.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="black")
+        axis.set_title(title, fontsize=10)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.invert_yaxis()
+        axis.locator_params("x", nbins=5)
+        axis.tick_params(labelsize=9)
+        axis.grid(axis="x", alpha=0.4)
+    for axis in list(axes.flat)[len(found):]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def print_gains(names, base, kept=ROOT / "figures"):

@@ -120,6 +120,20 @@ def test_the_tables_of_the_readme_are_those_of_figures(tmp_path):
     assert len(done) >= 7 and (tmp_path / "README.md").read_text(encoding="utf-8") == README
 
 
+def test_the_overview_shows_the_values_of_the_tables_by_seed(tmp_path):
+    from common import results
+    kept = ROOT / "figures"
+    found, rows = results.panels(kept), lambda name: json.loads((kept / f"{name}.json").read_text())["ablations"]
+    assert len(found) == len(results.PANELS) and all(len(values) == 3 for panel in found.values() for values in panel.values())
+    assert found["CoCo, toy world: AUC"]["no LLM"] == rows("coco-toy")["no LLM"]["overall"]["values"]
+    models = ("deepfm", "dcnv2", "din", "dcn", "autoint")
+    gain = [[rows("sllmr-toy")[f"{m}, {v}"]["cold"]["values"] for v in ("ones 0.1", "none 0")] for m in models]
+    assert found["S-LLMR, toy world, cold users:\nAUC over no LLM"]["no gate"] == pytest.approx([sum(o[s] - n[s] for o, n in gain) / 5 for s in range(3)], abs=1e-5)
+    pytest.importorskip("matplotlib")
+    results.overview(dict(list(found.items())[:5]), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
 def test_tables_are_written_from_files_and_writing_them_again_changes_nothing(tmp_path):
     from common import results
     method, data, flags, _ = results.COMMANDS[0]
