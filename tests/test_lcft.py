@@ -1,5 +1,6 @@
 """lcft.py: objectives, pairs, measures, data, resume, bad input."""
 
+import dataclasses
 import json
 import math
 import os
@@ -55,6 +56,11 @@ def test_the_answer_loss_is_pytorchs_cross_entropy():
     torch.testing.assert_close(lcft.answer_loss(x[:, 1], x[:, 4], x.logsumexp(-1), label), want)
 
 
+def test_collms_loss_is_the_binary_cross_entropy_of_the_logit_of_yes():
+    x, wrong = random_logits()[0].detach(), torch.tensor([-1.0, 1.0, -1.0])      # the label turns the sign of Yes
+    torch.testing.assert_close(lcft.answer_loss(x[:, 1], x[:, 4], x.logsumexp(-1), LABEL, "yes"), F.softplus(wrong * x[:, 1]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_and_gradients_are_finite_at_gaps_of_ten_thousand(kind, dtype):
@@ -79,12 +85,13 @@ def test_each_divergence_by_hand_and_against_pytorch():
     assert lcft.apart(p.log(), n.log(), "paper").item() == pytest.approx(kl)
     assert lcft.apart(p.log(), n.log(), "paper", cap=0.1).item() == pytest.approx(0.1)
     gap = 2 * math.log(3)                                    # log-odds log 3 and -log 3
-    for label, cap, want in ((1, 9.0, gap), (0, 9.0, -gap), (1, 0.5, 0.5)):
+    for label, cap, want in ((1, 9.0, gap), (0, 9.0, -gap), (1, 0.5, 0.5), (0, 0.5, -gap)):          # no bound below
         assert lcft.apart(p.log(), n.log(), "hinge", cap, [0, 1], torch.tensor([label])).item() == pytest.approx(want)
     assert lcft.apart(p.log(), n.log(), "jsd").item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
     a, b = random_logits().detach()
     want = F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     torch.testing.assert_close(lcft.apart(a, b, "official"), want)       # F.kl_div(input, target) is KL(target || input)
+    torch.testing.assert_close(lcft.apart(b, a, "paper", 100.0), want)
     assert (lcft.apart(1e3 * a, 1e3 * b, "jsd") <= math.log(2) + 1e-9).all()
     assert all(lcft.apart(a, a, kind, ids=[1, 4], label=LABEL).abs().max() < 1e-12 for kind in KINDS if kind != "swap")
     assert lcft.apart(p.log(), n.log(), "swap", ids=[0, 1]).item() == pytest.approx(0, abs=1e-12)         # consistent
@@ -144,6 +151,70 @@ def double(host):
 @pytest.fixture(autouse=True)
 def no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
+
+
+def plain(host, row, g):
+    """Logits (V,) after one prompt of a pair, from a pass of its own."""
+    prompts = lcft.pair_prompts(*host.rows.before(row), host.rows.lines[host.rows.item[row]], host.args.template, host.args.flip)
+    return host.model(torch.tensor([llm.chat(host.tokenizer, "".join(prompts[g]))])).logits[0, -1].detach()
+
+
+def test_the_two_prompts_of_a_pair_word_for_word():
+    told = "The user liked these titles, oldest first:\n- A\nThe user disliked these titles:\n- B\n- C\nThe user now sees this title:\n- D\n"
+    questions = ["Will the user like it?", "Will the user dislike it?"]
+    shared, tallrec = (["".join(p) for p in lcft.pair_prompts(["A"], ["B", "C"], "D", template)] for template in ("shared", "tallrec"))
+    assert shared == [f"{told}{question} Answer Yes or No." for question in questions]
+    assert tallrec == [f"Given the user's taste, say: {question} Answer Yes or No.\n{told}Will the user like it?" for question in questions]
+    *slots, context, _ = lcft.pair_prompts(["A"], ["B", "C"], "D", vectors=True)[1]
+    assert slots == ["What other users chose says this of the user: ", 0, ", and this of the title: ", 1, "\n"] and context == told
+
+
+def test_the_adapter_is_the_one_that_the_flags_ask_for(folder):
+    flags = {"lora_targets": "o_proj", "lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.1}
+    one, other = (lora.layers(make(folder, **flags, seed=seed).model) for seed in (0, 1))
+    for name, layer in one.items():
+        assert name.endswith("o_proj") and layer.lora_A.shape[0] == 3 and layer.scale == 2 and layer.dropout.p == 0.1
+        assert not torch.equal(layer.lora_A, other[name].lora_A)
+
+
+def test_losses_and_divergences_of_a_pair_are_those_of_two_plain_passes_by_hand(folder):
+    host = double(make(folder, neg_ce=0.5))
+    rows, args, (yes, no) = [next(r for r in host.rows.train if host.rows.label[r] == k) for k in (1, 0)], host.args, host.ids
+    logits = [(plain(host, row, 0), plain(host, row, 1)) for row in rows]
+    kl = lambda p, n: float((p.exp() * (p - n)).sum())
+    middle = lambda p, n: torch.log((p.exp() + n.exp()) / 2)
+    jsd = lambda p, n: (kl(p, middle(p, n)) + kl(n, middle(p, n))) / 2
+    sides = {"like": 1, "dislike": -1}
+    for flags, lam, far in (({"kl": "paper"}, 0.1, lambda p, n, _: kl(p.log_softmax(0), n.log_softmax(0))),
+                            ({"kl": "paper", "kl_vocab": "answers", "ce": "yes"}, 0.1, lambda p, n, _: kl(p[[yes, no]].log_softmax(0), n[[yes, no]].log_softmax(0))),
+                            ({"bound": "jsd"}, 1.0, lambda p, n, _: jsd(p[[yes, no]].log_softmax(0), n[[yes, no]].log_softmax(0))),
+                            ({"bound": "jsd", "kl_vocab": "full", "lam": 0.0}, 0.0, lambda p, n, _: jsd(p.log_softmax(0), n.log_softmax(0))),
+                            ({"bound": "swap"}, 1.0, lambda p, n, _: -jsd(p[[yes, no]].log_softmax(0), n[[no, yes]].log_softmax(0))),
+                            ({"bound": "hinge"}, 1.0, lambda p, n, z: z * float(p[yes] - p[no] - n[yes] + n[no]))):
+        host.args = dataclasses.replace(args, **flags)
+        loss, stats = lcft.train_pairs(host, rows, host.args.kl)
+        for k, ((pos, neg), z) in enumerate(zip(logits, sides.values())):
+            right, flipped = (yes, no) if z > 0 else (no, yes)
+            want = ((F.softplus(-z * pos[yes]), F.softplus(z * neg[yes])) if host.args.ce == "yes"
+                    else (-pos.log_softmax(0)[right], -neg.log_softmax(0)[flipped]))
+            got = [stats[name][k].item() for name in ("ce", "neg_ce", "apart")] + [loss[k].item()]
+            terms = [float(x) for x in want] + [far(pos, neg, z)]
+            assert got == pytest.approx([*terms, terms[0] + 0.5 * terms[1] - lam * terms[2]], abs=1e-7), flags
+
+
+def test_the_default_caps_bound_a_pair_as_a_whole(folder):
+    host = double(make(folder))
+    with torch.no_grad():
+        host.model.get_decoder().norm.weight.mul_(1e7)       # logits so large that every divergence is
+    for kl, bound, cap in (("paper", "swap", 10.0), ("official", "swap", 1e4), ("bounded", "hinge", 4.0)):
+        host.args = dataclasses.replace(host.args, kl=kl, bound=bound)
+        assert lcft.train_pairs(host, host.rows.train[:6], kl)[1]["apart"].max() == cap
+
+
+def test_yes_and_no_of_a_bfloat16_model_are_not_rounded_to_it(folder):
+    host = make(folder, dtype="bfloat16")
+    yes = host.look(host.rows.train[:2], None, 1.0).yes
+    assert not torch.equal(yes, yes.bfloat16().float())
 
 
 @pytest.mark.parametrize("template", ["shared", "tallrec"])
@@ -268,11 +339,75 @@ def test_the_measures_of_four_answers_by_hand():
     assert got["ece"] == pytest.approx((0.2 + 0.6 + 0.3 + 0.1) / 4)
 
 
+def test_users_weigh_alike_or_by_their_rows_and_the_log_loss_is_of_the_question_itself():
+    p, label = np.array([0.75, 0.15, 0.65, 0.95, 0.35]), np.array([1, 0, 1, 0, 0])
+    got = lcft.report(np.array([0, 0, 1, 1, 1]), label, np.log(p / (1 - p)), np.zeros(5), np.zeros(5), np.arange(5) / 10)
+    assert got["uauc_user"] == 0.75 and got["uauc_impressions"] == 0.7        # AUCs of 1 and 1/2, of 2 and 3 rows
+    assert got["log_loss"] == pytest.approx(-np.log([0.75, 0.85, 0.65, 0.05, 0.65]).mean(), abs=1e-6) and got["divergence"] == 0.2
+    assert got["reliability"] == [[0.15, 0, 1], [0.35, 0, 1], [0.65, 1, 1], [0.75, 1, 1], [0.95, 0, 1]]
+
+
+def test_both_questions_are_asked_without_dropout_and_answered_in_the_order_of_the_rows(folder):
+    host = double(make(folder, min_history=0, prompt_history=2, eval_batch=2, lora_dropout=0.5, kl_vocab="full"))
+    rows = np.array([next(r for r in host.rows.train[k:] if host.rows.place[r] == place) for k, place in ((0, 1), (0, 2), (0, 0), (20, 2), (9, 1))])
+    host.model.train()
+    found = lcft.ask(host, rows)
+    for k, row in enumerate(rows):
+        pair = [plain(host, row, g) for g in (0, 1)]
+        p, n = (x[host.ids].softmax(0).numpy() for x in pair)
+        jsd = sum((x * np.log(2 * x / (p + n))).sum() / 2 for x in (p, n))
+        invalid = np.mean([int(x.argmax()) not in host.ids for x in pair])
+        want = [float(x[host.ids[0]] - x[host.ids[1]]) for x in pair] + [jsd, invalid]
+        assert [found[name][k] for name in ("gap", "flipped", "jsd", "invalid")] == pytest.approx(want, abs=1e-6)
+
+
+def test_an_evaluation_of_collm_is_with_vectors_and_by_user(folder):
+    host = make(folder, host="collm", mf_dim=4)
+    rows = host.rows.train[:40]
+    told, found = lcft.evaluate(host, rows, True)
+    with torch.no_grad():
+        seen, without = host.look(rows, None, 1.0, True), host.look(rows, None, 1.0)
+    np.testing.assert_allclose(found["gap"], (seen.yes - seen.no)[:, 0], atol=1e-4)
+    assert (seen.yes - without.yes).abs().min() > 1e-3
+    assert told["uauc_user"] == pytest.approx(lcft.metrics.uauc(host.rows.user[rows], host.rows.label[rows], found["gap"]), abs=1e-6)
+
+
+def test_the_worst_contradictions_are_the_surest_and_tell_both_answers(folder):
+    rows, logit = make(folder).rows, lambda p: np.log(np.array(p) / (1 - np.array(p)))
+    index = np.array([next(r for r in rows.test[k:] if rows.label[r] == label) for k, label in enumerate((1, 0, 1, 0))])
+    lines = lcft.worst(rows, index, {"gap": logit([0.9, 0.6, 0.2, 0.7]), "flipped": logit([0.8, 0.6, 0.3, 0.2])}, most=2)
+    assert [x["asked"] for x in lines] == [{"Will the user like it?": "Yes 0.900", "Will the user dislike it?": "Yes 0.800"},
+                                           {"Will the user like it?": "No 0.200", "Will the user dislike it?": "No 0.300"}]
+    lines += lcft.worst(rows, index, {"gap": logit([0.1, 0.6, 0.1, 0.1]), "flipped": logit([0.9, 0.6, 0.9, 0.9])})
+    for x, k, truth in zip(lines, (0, 2, 1), ("like", "like", "dislike"), strict=True):
+        assert x["title"] == rows.lines[rows.item[index[k]]] and x["truth"] == truth and (x["liked"], x["disliked"]) == rows.before(index[k])
+
+
 def test_lambda_is_chosen_by_contradiction_among_those_that_keep_the_auc():
     runs = lambda auc, wrong: [{"valid": {"auc": auc, "contradiction": wrong}}]
     found = {0.1: runs(0.70, 0.5), 0.3: runs(0.698, 0.2), 1.0: runs(0.60, 0.0)}
     assert lcft.choose(found, floor=0.695) == 0.3
     assert lcft.choose(found, floor=0.9) == 0.1
+    assert lcft.choose({1.0: runs(0.7, 0.0) + runs(0.7, 0.8), 3.0: runs(0.7, 0.3) + runs(0.7, 0.3)}, floor=0.7) == 3.0            # all seeds count
+
+
+def test_the_ablations_run_what_their_rows_say_and_show_what_validation_chose(tmp_path, monkeypatch):
+    runs, told = [], {0.3: (0.699, (0.05, 0.75)), 1.0: (0.697, (0.1, 0.3)), 3.0: (0.69, (0.0, 0.0))}   # of swap: AUC, contradictions by seed
+
+    def train(args):
+        runs.append((args.kl, args.bound if args.kl == "bounded" else None, args.lam, args.neg_ce, args.seed))
+        auc, wrong = told[args.lam] if args.kl == "bounded" and args.bound == "swap" else (0.7, (0.5, 0.5))
+        same = {"soft_inconsistency": 0.5, "joint_accuracy": 0.5, "ece": 0.5}
+        return {"valid": {"auc": auc, "contradiction": wrong[args.seed], **same}, "test": {"auc": auc - 0.1, "contradiction": 0.6, **same}}
+    monkeypatch.setattr(lcft, "train", train)
+    monkeypatch.setattr(lcft, "plot", lambda *_: None)
+    monkeypatch.setattr(lcft, "write_table", lambda root, args, table, folders: table)
+    table = lcft.ablations(lcft.Args(ablations=True, seeds=(0, 1), neg_ce=0.7, run=str(tmp_path)))
+    want = {("off", None, 0.0, 0.0), ("official", None, 1e-4, 0.0), ("official", None, 1e-2, 0.0), *(("paper", None, lam, 0.0) for lam in (0.03, 0.1, 0.3)),
+            *(("bounded", bound, lam, 0.0) for bound in ("swap", "hinge") for lam in (0.3, 1.0, 3.0)), ("off", None, None, 0.3), ("off", None, None, 1.0)}
+    assert len(runs) == 2 * len(want) and set(runs) == {(*row, seed) for row in want for seed in (0, 1)}
+    assert list(table) == ["off 0", "official 0.0001", "paper 0.03", "swap 1", "hinge 0.3", "neg-ce 0.3"]
+    assert table["swap 1"]["AUC"]["mean"] == pytest.approx(0.597) and table["swap 1"]["contradiction"]["values"] == [0.6, 0.6]
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -290,6 +425,22 @@ def test_few_shots_are_balanced_seeded_and_from_the_training_rows(folder):
     few = [lcft.Rows(lcft.Args(data=str(folder), shots=16, seed=s)) for s in (0, 0, 1)]
     assert np.array_equal(few[0].train, few[1].train) and not np.array_equal(few[0].train, few[2].train)
     assert few[0].label[few[0].train].sum() == 8 and set(few[0].train) <= set(all_rows.train)
+    half = min(np.bincount(all_rows.label[all_rows.train]))
+    most = lcft.Rows(lcft.Args(data=str(folder), shots=2 * half))
+    assert len(set(most.train)) == 2 * half and most.label[most.train].sum() == half          # nobody is drawn twice
+
+
+def test_a_sample_of_users_keeps_so_many(folder):
+    assert len(make(folder, users=8).rows.data.users) == 8
+
+
+def test_a_like_is_above_the_threshold_and_movielens_1m_is_split_by_months(tmp_path):
+    second = lambda month: (np.datetime64("2000-01") + month).astype("datetime64[s]").astype(int)
+    (tmp_path / "interactions.csv").write_text("user,item,rating,timestamp\n" + "".join(f"a,i{k},{(5, 3, 4)[k % 3]},{second(k)}\n" for k in range(30)))
+    rows, strict = (lcft.Rows(lcft.Args(data=str(tmp_path), **change)) for change in ({}, {"like_above": 4.0}))
+    assert rows.label[:3].tolist() == [1, 0, 1] and strict.label[:3].tolist() == [1, 0, 0]
+    rows.args.data = "ml1m"                                  # one rating a month: the last 20 months, 10 / 5 / 5
+    assert [part.tolist() for part in rows.split(np.arange(30))] == [list(range(10, 20)), list(range(20, 25)), list(range(25, 30))]
 
 
 def test_movielens_100k_has_the_published_sizes():
@@ -297,6 +448,7 @@ def test_movielens_100k_has_the_published_sizes():
         pytest.skip("LLMREC_DATA is not set")
     rows = lcft.Rows(lcft.Args(data="ml100k"))
     assert [len(rows.train), len(rows.valid), len(rows.test)] == [8000, 1000, 1000]
+    assert np.array_equal(np.concatenate([rows.train, rows.valid, rows.test]), np.flatnonzero(rows.place >= 10)[-10_000:])
 
 
 def test_bookcrossing_is_read_and_split_by_user(tmp_path):
@@ -311,6 +463,7 @@ def test_bookcrossing_is_read_and_split_by_user(tmp_path):
     users = [set(rows.user[p]) for p in parts]
     assert [len(p) for p in parts] == [120, 15, 15] and not users[0] & users[1] | users[0] & users[2] | users[1] & users[2]
     assert all(rows.place[r] == (rows.user == rows.user[r]).sum() - 1 for p in parts for r in p)
+    assert not np.array_equal(rows.test, lcft.Rows(lcft.Args(data=str(tmp_path), seed=1)).test)
 
 
 def test_an_empty_history_and_a_title_of_5000_characters_are_asked_like_any_other(folder, tmp_path):
@@ -331,6 +484,7 @@ def test_answers_that_are_not_single_tokens_are_refused_with_a_pair_that_works(f
         lcft.answer_ids(tokenizer, ("Absolutely not", "No"))
     with pytest.raises(UserError, match="not two different"):
         lcft.answer_ids(tokenizer, ("Yes", "Yes"))
+    assert [tokenizer.decode([k]) for k in lcft.answer_ids(tokenizer, ("Yes", "No"))] == ["Yes", "No"]
 
 
 def run(*flags, cwd=ROOT):
@@ -366,6 +520,13 @@ def test_data_without_ratings_and_wrong_flags_are_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             lcft.main(lcft.Args, lcft.train, lcft.__doc__, flags)
         assert stop.value.code == status and words in capsys.readouterr().err
+
+
+def test_settings_that_do_not_go_together_are_refused_in_ablations_too():
+    for flags, words in (({"host": "collm", "ablations": True}, "TALLRec's"), ({"kl_vocab": "full"}, "compares Yes and No")):
+        with pytest.raises(ValueError, match=words):
+            lcft.Args(**flags).check()
+    lcft.Args(host="collm", ablations=True, variants=("off", "swap")).check()
 
 
 SMALL = ("--steps", "6", "--batch", "8", "--eval-every", "2", "--eval-rows", "20", "--prompt-history", "3", "--lora-dropout", "0.1")
@@ -448,6 +609,65 @@ def trained(folder, tmp_path, change=lambda host: None, **flags):
     return torch.cat([p.data.flatten() for p in lora.parameters(host.model)])
 
 
+def test_two_steps_of_a_stage_are_adamws_on_the_clipped_mean_gradient_of_a_batch(folder, tmp_path, monkeypatch, train_pairs=lcft.train_pairs):
+    flags, seen = {"steps": 2, "batch": 4, "warmup": 1, "max_grad_norm": 1e-3, "prompt_history": 1, "eval_rows": 10, "neg_ce": 0.5}, []
+    monkeypatch.setattr(lcft, "train_pairs", lambda host, rows, *more: seen.append(rows) or train_pairs(host, rows, *more))
+    got = trained(folder, tmp_path / "r", double, **flags, micro_batch=3, keep="last")
+    assert list(map(len, seen)) == [3, 1, 3, 1]
+    host = double(make(folder, **flags))
+    parameters = lora.parameters(host.model)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+    for rows in (np.concatenate(seen[:2]), np.concatenate(seen[2:])):
+        optimizer.zero_grad()
+        train_pairs(host, rows, "bounded")[0].mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+        optimizer.step()
+    torch.testing.assert_close(got, torch.cat([p.data.flatten() for p in parameters]), atol=1e-7, rtol=0)
+
+
+def test_a_stage_draws_new_rows_and_dropout_for_each_step_and_is_judged_on_a_few_validation_rows(folder, tmp_path, monkeypatch, train_pairs=lcft.train_pairs):
+    host, steps, judged = make(folder, host="collm", mf_dim=4, steps=4, batch=2, micro_batch=1, prompt_history=1, eval_every=3, eval_rows=5, lam_ramp=0.5,
+                               run=str(tmp_path / "r")), [], []
+
+    def watched(host, rows, kl, vectors, grown):
+        loss, stats = train_pairs(host, rows, kl, vectors, grown)
+        steps.append((rows.item(), kl, vectors, grown, host.model.training, torch.initial_seed(), loss.item()))
+        return loss, stats
+    monkeypatch.setattr(lcft, "train_pairs", watched)
+    told = dict.fromkeys(["auc", "contradiction", "soft_inconsistency", "ece"], 0.5)
+    monkeypatch.setattr(lcft, "evaluate", lambda host, rows, vectors: judged.append((rows.tolist(), vectors)) or (told, None))
+    part = (host.mapping.state_dict, host.mapping.load_state_dict, list(host.mapping.parameters()))
+    lcft.stage(host.args, Run(host.args, "lcft", "x"), host, "map", part, 1e-3, "bounded", True)
+    rows, kl, vectors, grown, training, seeds, losses = zip(*steps)
+    assert len(set(rows)) == 8 and set(rows) <= set(host.rows.train) and {*zip(kl, vectors, training)} == {("bounded", True, True)}
+    assert grown == (0.5, 0.5, 1, 1, 1, 1, 1, 1) and len(set(seeds)) == 4
+    assert [vectors for _, vectors in judged] == [True, True] and len(judged[0][0]) == 5 and set(judged[0][0]) <= set(host.rows.valid)
+    log = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in log] == [(3, pytest.approx(np.mean(losses[:6]), abs=1e-5)), (4, pytest.approx(np.mean(losses[6:]), abs=1e-5))]
+
+
+def test_a_stage_that_is_cut_goes_on_with_its_best_its_patience_and_its_optimiser(folder, tmp_path, monkeypatch):
+    def cut(name, aucs, resume=False):
+        left = iter(aucs)
+
+        def evaluate(*_):
+            if (auc := next(left)) is None:
+                raise KeyboardInterrupt
+            return dict.fromkeys(["auc", "contradiction", "soft_inconsistency", "ece"], auc), None
+        monkeypatch.setattr(lcft, "evaluate", evaluate)
+        host = make(folder, steps=9, batch=2, prompt_history=1, eval_every=1, patience=2, run=str(tmp_path / name), resume=resume)
+        part = (lambda: lora.state(host.model), lambda t: lora.load_state(host.model, t), lora.parameters(host.model))
+        run = Run(host.args, "lcft", "x")
+        return lcft.stage(host.args, run, host, "lora", part, 2e-3, "bounded"), run.load("lora")[0], lora.state(host.model)
+    done, saved, adapter = cut("whole", [0.5, 0.9, 0.6, 0.7, 0.1])
+    assert done == {"steps": 4, "valid_auc": 0.9}            # the second is the best, and after two that are not it stops
+    assert all(torch.equal(adapter[k], saved["best/" + k]) for k in adapter) and not all(torch.equal(adapter[k], saved["now/" + k]) for k in adapter)
+    with pytest.raises(KeyboardInterrupt):
+        cut("cut", [0.5, 0.9, 0.6, None])
+    again, resumed, adapter_again = cut("cut", [0.7, 0.1], resume=True)
+    assert again == done and all(torch.equal(saved[k], resumed[k]) for k in saved) and all(torch.equal(adapter[k], adapter_again[k]) for k in adapter)
+
+
 def test_training_reads_no_label_of_test_rows_and_parts_of_a_batch_do_not_matter(folder, tmp_path):
     def other_test(host):
         host.rows.label[host.rows.test] = 1 - host.rows.label[host.rows.test]
@@ -469,9 +689,38 @@ def test_matrix_factorisation_reads_no_label_of_test_rows_and_keeps_its_best_epo
         done = lcft.train_mf(host.args, Run(host.args, "lcft", "x"), host)
         found.append(torch.cat([p.data.flatten() for p in host.mf.parameters()]))
     assert torch.equal(*found)
-    valid = host.rows.valid
-    score = host.mf(torch.as_tensor(host.rows.user[valid]), torch.as_tensor(host.rows.item[valid])).detach().numpy()
-    assert lcft.metrics.auc(host.rows.label[valid], score) == pytest.approx(done["valid_auc"], abs=1e-4) and done["valid_auc"] > 0.5
+    for name in ("valid", "test"):
+        rows = getattr(host.rows, name)
+        score = host.mf(torch.as_tensor(host.rows.user[rows]), torch.as_tensor(host.rows.item[rows])).detach().numpy()
+        assert lcft.metrics.auc(host.rows.label[rows], score) == pytest.approx(done[name + "_auc"], abs=1e-4)
+    assert done["valid_auc"] > 0.5
+
+
+def test_matrix_factorisation_learns_from_training_rows_at_its_rate_and_stops_after_five_epochs_in_vain(folder, tmp_path, monkeypatch):
+    found = []
+    for k in range(2):
+        torch.manual_seed(0)
+        host = make(folder, host="collm", mf_dim=4, mf_epochs=1, mf_lr=0.03, run=str(tmp_path / f"r{k}"))
+        if k:
+            for rows in (host.rows.valid, host.rows.test):
+                host.rows.label[rows] = 1 - host.rows.label[rows]
+        lcft.train_mf(host.args, Run(host.args, "lcft", "x"), host)
+        found.append(torch.cat([p.data.flatten() for p in host.mf.parameters()]))
+        assert abs(host.mf.bias.item()) == pytest.approx(0.03, rel=1e-3)     # Adam's first step, the epoch's only one
+    assert torch.equal(*found)
+    told = iter([0.5, 0.9, *[0.8] * 5, 0.7])
+    monkeypatch.setattr(lcft.metrics, "auc", lambda label, score: next(told))
+    host.args.mf_epochs = 100
+    assert lcft.train_mf(host.args, Run(dataclasses.replace(host.args, run=str(tmp_path / "s")), "lcft", "x"), host) == {"valid_auc": 0.9, "test_auc": 0.7, "epochs": 7}
+
+
+def test_matrix_factorisation_is_a_product_and_three_biases_by_hand():
+    mf = lcft.MF(2, 3, 2)
+    with torch.no_grad():
+        for table, row, values in ((mf.user, 1, [1.0, 2.0]), (mf.item, 0, [3.0, 4.0]), (mf.of_user, 1, [0.5]), (mf.of_item, 0, [0.25])):
+            table.weight[row] = torch.tensor(values)
+        mf.bias.fill_(0.125)
+    assert mf(torch.tensor([1]), torch.tensor([0])).item() == 11.875
 
 
 def test_the_rate_rises_to_its_value_and_falls_to_nearly_nothing(folder, tmp_path, monkeypatch):
@@ -506,19 +755,45 @@ def test_collms_slots_get_the_users_vector_and_then_the_titles(folder):
     rows = host.rows.train[:3]
     user, item = host.mf.user.weight[host.rows.user[rows]], host.mf.item.weight[host.rows.item[rows]]
     assert torch.equal(host.soft(rows), host.mapping(user, item)) and not torch.equal(host.mapping(user, item), host.mapping(item, user))
+    tokens, other, words = host.soft(rows), host.mapping(user, -item), host.model.get_input_embeddings().weight
+    assert torch.equal(tokens[:, 0], other[:, 0]) and not torch.equal(tokens[:, 1], other[:, 1])      # slot 0 is of the user, 1 of the title
+    torch.testing.assert_close(tokens.std(-1, correction=0), words.std().expand(3, 2), rtol=1e-3, atol=0)     # as long as a word
+    host.args.template = "tallrec"                           # a row for each question
+    assert torch.equal(host.pack(rows, vectors=True)[1], tokens[[0, 0, 1, 1, 2, 2]])
 
 
-@pytest.mark.parametrize("stages, kinds", [("lora", ["bounded", "off"]), ("map", ["off", "bounded"]), ("both", ["bounded", "bounded"])])
-def test_collms_stages_have_the_divergence_where_they_were_told_to(folder, tmp_path, monkeypatch, stages, kinds, evaluate=lcft.evaluate):
-    seen, judged = [], {}
+@pytest.mark.parametrize("host, stages, kinds", [("collm", "lora", ["bounded", "off"]), ("collm", "map", ["off", "bounded"]),
+                                                 ("collm", "both", ["bounded", "bounded"]), ("tallrec", "map", ["bounded"])])
+def test_stages_have_the_divergence_where_they_were_told_to_and_their_best_is_judged(folder, tmp_path, monkeypatch, capsys, host, stages, kinds,
+                                                                                     evaluate=lcft.evaluate):
+    seen, kept, judged = [], {}, []
 
     def stage(args, run, host, name, part, lr, kl, vectors=False):
-        seen.append(kl)
-        run.save(name, {"best/" + k: v for k, v in part[0]().items()}, {})
+        assert torch.initial_seed() == 3
+        seen.append((name, kl, lr, vectors))
+        kept[name] = {k: v + 0.01 for k, v in part[0]().items()}             # what was best is not what was last
+        run.save(name, {"best/" + k: v for k, v in kept[name].items()} | {"now/" + k: v for k, v in part[0]().items()}, {})
         return {"steps": 1, "valid_auc": 0.5}
+
+    def watched(host, rows, vectors, desc):
+        for name, now in (("lora", lora.state(host.model)), ("map", host.mapping and host.mapping.state_dict()), ("mf", host.mf and host.mf.state_dict())):
+            first = kept.setdefault(name, now)
+            assert first is now or all(torch.equal(first[k], now[k]) for k in now)
+        judged.append((desc, rows.tolist(), vectors))
+        return evaluate(host, rows, vectors)
     monkeypatch.setattr(lcft, "stage", stage)
-    monkeypatch.setattr(lcft, "evaluate", lambda host, rows, vectors, desc: judged.update({desc.split()[1]: rows.tolist()}) or evaluate(host, rows, vectors))
-    flags = ["--data", str(folder), "--host", "collm", "--kl-stages", stages, "--mf-epochs", "1", "--prompt-history", "2", "--run", str(tmp_path / "r")]
+    monkeypatch.setattr(lcft, "evaluate", watched)
+    flags = ["--data", str(folder), "--host", host, "--kl-stages", stages, "--mf-epochs", "1", "--prompt-history", "2", "--lr", "0.004", "--seed", "3",
+             "--run", str(tmp_path / "r")]
     lcft.main(lcft.Args, lcft.train, "", flags)
-    rows = lcft.Rows(lcft.Args(data=str(folder)))
-    assert seen == kinds and judged == {"valid": rows.valid.tolist(), "test": rows.test.tolist()}
+    rows, collm = lcft.Rows(lcft.Args(data=str(folder))), host == "collm"
+    assert seen == [(name, kl, lr, name == "map") for name, kl, lr in zip(("lora", "map"), kinds, (0.004, 1e-3))]
+    assert judged == [("evaluate valid", rows.valid.tolist(), collm), ("evaluate test", rows.test.tolist(), collm)]
+    wrong = [json.loads(line) for line in (tmp_path / "r" / "contradictions.jsonl").read_text().splitlines()]
+    assert bool(wrong) == collm and {(x["user"], x["title"]) for x in wrong} <= {(rows.data.users[rows.user[r]], rows.lines[rows.item[r]]) for r in rows.test}
+    if stages == "both":                                     # killed before its last lines: what is done comes from the folder
+        phases = tmp_path / "r" / "phases.json"
+        phases.write_text(json.dumps({k: v for k, v in json.loads(phases.read_text()).items() if k != "result"}))
+        first = capsys.readouterr().out.splitlines()[-1]
+        lcft.main(lcft.Args, lcft.train, "", [*flags, "--resume"])
+        assert capsys.readouterr().out.splitlines()[-1] == first and len(seen) == 2 and len(judged) == 4
