@@ -630,6 +630,8 @@ def rank_all(args, model, logs, texts, which, limit=None):
         history = logs.histories(u, p, args.max_history).to(device)
         scores = model.score_catalogue(torch.as_tensor(u, device=device), history,
                                        texts, tables).cpu().numpy()
+        if np.isnan(scores).any():
+            raise UserError("training has diverged: scores of the reward model are no numbers; lower --rm-lr")
         ranks.append(metrics.ranks_of(scores, logs.item_at(u, p), logs.had(u, p)))
     report = metrics.ranking_report(np.concatenate(ranks))
     return report | {"ms_per_user": round(1000 * (time.perf_counter() - started) / len(users), 3)}
@@ -831,12 +833,15 @@ def write_texts(args, run, policy, logs):
 def text_report(texts, logs):
     """Is the writing sound? distinct-2, mean words, and the share of named attributes that the item does not
     have, in the reasons of each phase."""
-    vocabulary = {a.lower() for row in logs.data.categories for a in row}
+    words = lambda text: re.findall(r"[\w'-]+", text.lower())
+    names = [{" ".join(words(a)) for a in row} for row in logs.data.categories]
+    vocabulary = set().union(*names) - {""}
+    sizes = {len(a.split()) for a in vocabulary}                # a name may be several words
     named, wrong = {"write": 0, "correct": 0}, {"write": 0, "correct": 0}
-    for i, entries in enumerate(texts.reason):
-        own = {a.lower() for a in logs.data.categories[i]}
+    for own, entries in zip(names, texts.reason):
         for entry in entries:
-            said = {w for w in re.findall(r"[\w'-]+", entry["text"].lower()) if w in vocabulary}
+            w = words(entry["text"])
+            said = {" ".join(w[k:k + n]) for n in sizes for k in range(len(w))} & vocabulary
             named[entry["by"]] += len(said)
             wrong[entry["by"]] += len(said - own)
     return {"reasons": sum(map(len, texts.reason)), "empty_items": sum(not r for r in texts.reason),

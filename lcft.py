@@ -542,6 +542,8 @@ def report(user, label, gap, flipped, invalid, jsd):
 
 def evaluate(host, rows, vectors=False, desc=None):
     found = ask(host, rows, vectors, desc)
+    if not np.isfinite(found["gap"]).all():
+        raise UserError(f"training has diverged: answers are no numbers; lower {'--map-lr' if vectors else '--lr'}")
     return report(host.rows.user[rows], host.rows.label[rows], **found), found
 
 
@@ -580,6 +582,8 @@ def train_mf(args, run, host):
             loss.backward()
             optimizer.step()
         now, waited = auc(rows.valid), waited + 1
+        if not np.isfinite(now):
+            raise UserError(f"matrix factorisation has diverged in epoch {epoch + 1}; lower --mf-lr")
         if now > best:
             best, kept, waited = now, {k: v.clone() for k, v in model.state_dict().items()}, 0
         if waited >= 5:

@@ -466,8 +466,13 @@ class Run:
         return saved
 
     def log(self, phase, step, total, **values):
-        """One record in metrics.jsonl and one line `align 00120/02000 | loss 0.6312 | 1.32 s/it | 1.8 GiB`."""
+        """One record in metrics.jsonl and one line `align 00120/02000 | loss 0.6312 | 1.32 s/it | 1.8 GiB`.
+        UserError where a loss or a validation measure is no number."""
         from common import cuda
+        for key, value in values.items():
+            if (key == "loss" or key.startswith("valid_")) and not math.isfinite(math.nan if value is None else value):
+                raise UserError(f"training has diverged: {key} of {phase}, step {step}, is no number; "
+                                "lower the learning rate")
         now = time.perf_counter()
         before, self.clock = self.clock, (phase, step, now)
         record = {"phase": phase, "step": step} | {

@@ -1,6 +1,8 @@
 """common/run.py and common/cuda.py: command line, run folder, checkpoints."""
 
+import importlib
 import json
+import math
 import os
 import random
 import signal
@@ -144,6 +146,26 @@ def test_a_checkpoint_gives_back_tensors_and_state_to_the_bit(tmp_path):
     got, back = run.load("c")
     assert all(torch.equal(got[k], tensors[k]) for k in tensors) and {k: back[k] for k in state} == state
     assert run.load("other") is None
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("lcft", "--lr 1e37 --lora-alpha 1e6 --warmup 0 --steps 2 --batch 8 --eval-every 2 --eval-rows 20 --prompt-history 2"),
+    ("lcft", "--host collm --mf-lr 1e30"), ("curec", "--no-align --no-correct --texts data --rm-lr 1e37 --min-interactions 1"),
+    ("sllmr", "--lr 1e37 --batch 10000"), ("coco", "--lr 1e37")])
+def test_a_training_that_diverges_is_one_line(script, flags, tmp_path, capsys):
+    script = importlib.import_module(script)
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.Args, script.train, "", [*flags.split(), "--data", "toy:60x300x1000", "--run", str(tmp_path / "r")])
+    assert stop.value.code == 1 and "error: " in (told := capsys.readouterr().err.splitlines()[-1]) and "diverged" in told and "; lower " in told
+
+
+def test_a_loss_or_a_validation_measure_that_is_no_number_stops_the_run(tmp_path):
+    run = start(tmp_path / "r")
+    run.log("a", 1, 9, loss=0.5, kl=math.nan)
+    for wrong in ({"loss": math.nan}, {"valid_auc": None}, {"loss": math.inf}):
+        with pytest.raises(UserError, match="diverged: .* of a, step 2, is no number"):
+            run.log("a", 2, 9, **{"loss": 0.5} | wrong)
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused_and_the_good_one_stays(tmp_path):
