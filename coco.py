@@ -637,7 +637,8 @@ def evaluate_rows(model, table, known=None):
         names, group = model.rows.groups(field)
         cells |= {f"{field}={name}": group[user] == k for k, name in enumerate(names) if len(names) <= 10}
     found = {name: metrics.auc(label[mask], s[mask]) for name, mask in cells.items() if mask.any()}
-    return {name: round(v, 6) for name, v in found.items() if v == v or name == "overall"} | {"log_loss": round(loss, 6)}
+    return ({name: round(v, 6) for name, v in found.items() if v == v or name == "overall"}
+            | {"log_loss": round(loss, 6)})
 
 
 @torch.no_grad()

@@ -543,7 +543,8 @@ def report(user, label, gap, flipped, invalid, jsd):
 def evaluate(host, rows, vectors=False, desc=None):
     found = ask(host, rows, vectors, desc)
     if not np.isfinite(found["gap"]).all():
-        raise UserError(f"training has diverged: answers are no numbers; lower {'--map-lr' if vectors else '--lr'}")
+        raise UserError("training has diverged: answers are no numbers; "
+                        f"lower {'--map-lr' if vectors else '--lr'}")
     return report(host.rows.user[rows], host.rows.label[rows], **found), found
 
 

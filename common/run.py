@@ -470,7 +470,8 @@ class Run:
         UserError where a loss or a validation measure is no number."""
         from common import cuda
         for key, value in values.items():
-            if (key == "loss" or key.startswith("valid_")) and not math.isfinite(math.nan if value is None else value):
+            if ((key == "loss" or key.startswith("valid_"))
+                    and not math.isfinite(math.nan if value is None else value)):
                 raise UserError(f"training has diverged: {key} of {phase}, step {step}, is no number; "
                                 "lower the learning rate")
         now = time.perf_counter()
