@@ -35,7 +35,8 @@ DEVIATIONS AND CHOICES
       agreement   (default, ours) sets a share of each user's scored items aside. alpha_uij learns, by
                   cross-entropy, how likely the model (under dropout) orders a pair of these as the LLM does.
                   The other pairs weigh max(0, 2 alpha_uij - 1), nothing where the LLM is no better than a coin;
-                  the loss is their weighted mean
+                  the loss is their weighted mean. It measures whether scores are consistent: an opinion of items
+                  that is the same for all users can be learned, and then agreed with, be it right or wrong
       fixed       stays at --gate-init
       ones        no gate, the paper's "global"
       truth       with --scorer oracle: a pair of two right scores weighs 1, of one 1/2, of none 0
