@@ -125,14 +125,18 @@ def markdown(rows):
         f"| {name} | " + " | ".join(cell(row.get(c)) for c in columns) + " |" for name, row in rows.items()]
 
 
+def bare(row):
+    """A row's name without its value: "swap 3" -> "swap"."""
+    return re.sub(r" [\d.e-]+$", "", row)
+
+
 def against(rows, base):
     """What each row gains over the row `base`, seed by seed: {name: {column: summary of the differences}}. Rows
     are called NAME or NAME VALUE; where tables of several models are one ("MODEL, NAME"), each is compared
     within its model, and "mean, NAME VALUE" is the mean over the models. Raises ValueError where there is no
     such row."""
     parts = {name: name.rpartition(", ")[::2] for name in rows}   # model (or nothing), name with its value
-    bases = {model: rows[name] for name, (model, variant) in parts.items()
-             if re.fullmatch(re.escape(base) + r"( [\d.e-]+)?", variant)}
+    bases = {model: rows[name] for name, (model, variant) in parts.items() if base in (variant, bare(variant))}
     gains, means = {}, {}
     for name, (model, variant) in parts.items():
         if model not in bases:
@@ -196,8 +200,7 @@ def panels(kept):
     for title, column, table, base, names in PANELS:
         if (kept / f"{table}.json").exists():
             rows = json.loads((kept / f"{table}.json").read_text(encoding="utf-8"))["ablations"]
-            rows = {re.sub(r" [\d.e-]+$", "", row): cells for row, cells in
-                    (against(rows, base) if base else rows).items()}
+            rows = {bare(row): cells for row, cells in (against(rows, base) if base else rows).items()}
             found[title] = {name: rows[row][column]["values"] for row, name in names.items()
                             if "values" in rows.get(row, {}).get(column, {})}
     return {title: rows for title, rows in found.items() if rows}

@@ -872,19 +872,29 @@ def test_the_reward_model_learns_each_training_choice_once_an_epoch_against_what
     assert rates[0] == pytest.approx(args.rm_lr / 100) and rates[2 * per_epoch - 1] < args.rm_lr * 0.1
 
 
+class Ranker(torch.nn.Linear):
+    """A reward model that scores the catalogue as it is told: score(users, history) -> (B, n_items)."""
+
+    def __init__(self, score):
+        super().__init__(1, 1)
+        self.score = score
+
+    def tables(self, texts):
+        return None
+
+    def score_catalogue(self, users, history, texts, tables):
+        return self.score(users, history)
+
+
 @pytest.mark.parametrize("which", ["valid", "test"])
 def test_the_ranking_reads_what_came_before_its_target_and_nothing_else(which):
     args = curec.Args(**SMALL)
     logs, seen = curec.prepare(args), []
 
-    class Model(torch.nn.Linear):
-        def tables(self, texts):
-            return None
-
-        def score_catalogue(self, users, history, texts, tables):
-            seen.extend(zip(users.tolist(), history))
-            return torch.nn.functional.one_hot(torch.as_tensor([logs.sequence(u)[logs.n_train[u] + (which == "test")] for u in users.tolist()]).long(), len(logs.data.items)).float()
-    report = curec.rank_all(args, Model(1, 1), logs, None, which)
+    def score(users, history):
+        seen.extend(zip(users.tolist(), history))
+        return torch.nn.functional.one_hot(torch.as_tensor([logs.sequence(u)[logs.n_train[u] + (which == "test")] for u in users.tolist()]).long(), len(logs.data.items)).float()
+    report = curec.rank_all(args, Ranker(score), logs, None, which)
     assert report["recall@5"] == 1.0 and len(seen) == len(logs.held_out)
     for u, history in seen:
         want = logs.sequence(u)[:logs.n_train[u] + (which == "test")][-args.max_history:] + 1
@@ -1019,20 +1029,16 @@ def test_what_was_chosen_before_does_not_compete_and_what_comes_after_does(which
     args = curec.Args(**SMALL)
     logs, asked = curec.prepare(args), []
 
-    class Model(torch.nn.Linear):
-        def tables(self, texts):
-            return None
-
-        def score_catalogue(self, users, history, texts, tables):
-            scores = torch.zeros(len(users), len(logs.data.items))
-            for row, u in zip(scores, users.tolist()):
-                asked.append(u)
-                row[logs.sequence(u)] = torch.arange(len(logs.sequence(u)), 0.0, -1)               # the earlier, the better,
-                row[logs.sequence(u)[-1]] = 2.5 if which == "valid" else 1.0                       # but the test item before the validation item
-            return scores
-    assert curec.rank_all(args, Model(1, 1), logs, None, which)["ndcg@5"] == pytest.approx(ndcg, abs=1e-4)
+    def score(users, history):
+        scores = torch.zeros(len(users), len(logs.data.items))
+        for row, u in zip(scores, users.tolist()):
+            asked.append(u)
+            row[logs.sequence(u)] = torch.arange(len(logs.sequence(u)), 0.0, -1)               # the earlier, the better,
+            row[logs.sequence(u)[-1]] = 2.5 if which == "valid" else 1.0                       # but the test item before the validation item
+        return scores
+    assert curec.rank_all(args, Ranker(score), logs, None, which)["ndcg@5"] == pytest.approx(ndcg, abs=1e-4)
     asked.clear()
-    curec.rank_all(args, Model(1, 1), logs, None, which, limit=30)
+    curec.rank_all(args, Ranker(score), logs, None, which, limit=30)
     assert asked == logs.held_out[::-(-len(logs.held_out) // 30)].tolist() and len(asked) > 15
 
 
