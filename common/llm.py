@@ -279,7 +279,7 @@ def embed(model, tokens, soft):
 def _hidden(model, tokens, position, mask, cache, soft=None):
     read = {"input_ids": tokens} if soft is None else {"inputs_embeds": embed(model, tokens, soft)}
     return model.get_decoder()(**read, attention_mask=mask, position_ids=position,
-                               past_key_values=cache, use_cache=cache is not None).last_hidden_state
+                               cache=cache, use_cache=cache is not None).last_hidden_state
 
 
 def _prefill(model, prompts, capacity):
@@ -639,7 +639,7 @@ def after_tails(model, prefixes, tails):
     would copy the prefix's keys too often, one row for all would waste attention on other tails."""
     tokens, real, lengths = _right_padded(prefixes, model.device)
     prefix = DynamicCache(config=model.config)
-    model.get_decoder()(input_ids=tokens, attention_mask=real.long(), past_key_values=prefix, use_cache=True)
+    model.get_decoder()(input_ids=tokens, attention_mask=real.long(), cache=prefix, use_cache=True)
     B, P = tokens.shape
     T, most = max(len(tail) for row in tails for tail in row), max(map(len, tails))
     _check_length(model, P + T)
