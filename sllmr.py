@@ -65,7 +65,8 @@ DEVIATIONS AND CHOICES
     these spared, no user would ever be pushed away from them. A negative to judge by is one that the user never
     chose.
   - The negatives of the paper's 1:1 rows are drawn once, and a model learns them by heart: --redraw draws new
-    ones in each epoch, which makes the models better.
+    ones in each epoch, which makes the models better. So does --decay: the learning rate falls to 0, where the
+    paper names one rate.
   - A score that the LLM leaves out is unknown and makes no pair; the paper sets it to 0.5.
   - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts; of an
     item's categories the first eight.
@@ -195,6 +196,8 @@ class Args:
     batch: int = 128  # rows per step, half of them negatives
     redraw: bool = False  # draw the training negatives anew in each epoch; else once, as in the paper's data
     epochs: int = 30  # most epochs
+    decay: bool = False  # the learning rate falls linearly to 0 over --epochs (with a --patience as large);
+    # else it stays, as in the paper
     patience: int = 2  # epochs without a better validation AUC
     rank_users: int = 500  # users of the full ranking
 
@@ -892,7 +895,9 @@ def fit(args, run, rows, scored, vectors):
         batches, total = order.split(max(args.batch // 2, 1)), torch.zeros(2)
         torch.manual_seed(cuda.key_seed(args.seed, "epoch", epoch))                           # dropout
         model.train()
-        for batch in progress(batches, f"epoch {epoch + 1}", len(batches)):
+        for k, batch in enumerate(progress(batches, f"epoch {epoch + 1}", len(batches))):
+            if args.decay:
+                optimizer.param_groups[0]["lr"] = args.lr * (1 - (epoch + k / len(batches)) / args.epochs)
             users, place, *items = rows.train[:, batch]
             s = model(users, place, torch.stack(items, 1))
             loss = click_loss(s)

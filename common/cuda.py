@@ -8,6 +8,8 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from common.run import UserError
 
@@ -61,6 +63,18 @@ def key_seed(*key):
 def generator(device, *key):
     """A torch.Generator that is a pure function of its key: nothing has to be fast-forwarded on resume."""
     return torch.Generator(device).manual_seed(key_seed(*key))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout. On a CPU, which spends most of its time on the random numbers, one of 64 bits decides on four
+    places: p is rounded to 1 / 65,536."""
+
+    def forward(self, x):
+        if not self.training or not self.p or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+        kept = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
 def memory_gib():

@@ -522,8 +522,10 @@ def packed_hidden(model, packed, soft=None):
     soft (B, K, D): the vectors of the slots in a row's tokens (see `embed`)."""
     if packed.tokens.shape[1] > _positions(model):      # perhaps too long: only then wait for the numbers
         _check_length(model, int(packed.position.max()) + 1)
-    mask = block_mask(packed.owner, packed.owner, causal=True)
-    hidden = _hidden(model, packed.tokens, packed.position, mask, None, soft)
+    position, mask = packed.position, block_mask(packed.owner, packed.owner, causal=True)
+    if packed.labels.shape[1] == 1:                     # plain causal rows: kernels are faster without a mask
+        position = mask = None
+    hidden = _hidden(model, packed.tokens, position, mask, None, soft)
     return hidden.reshape(-1, hidden.shape[-1])[packed.source[packed.valid]]
 
 

@@ -15,6 +15,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from common.cuda import Dropout
 from common.run import UserError, write_atomically
 
 PEFT_PREFIX = "base_model.model."
@@ -48,7 +49,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout, generator=None):
         super().__init__()
-        self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / rank, nn.Dropout(dropout)
+        self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / rank, Dropout(dropout)
         # Kaiming-uniform, a = sqrt(5), drawn on the CPU: the same anywhere
         bound = 1 / math.sqrt(base.in_features)
         drawn = torch.zeros(rank, base.in_features).uniform_(-bound, bound, generator=generator)

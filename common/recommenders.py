@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.cuda import Dropout
+
 
 class AttentionUnit(nn.Module):
     """DIN's activation unit: how much each past item matters for each candidate.
@@ -178,7 +180,7 @@ class CTR(nn.Module):
         sizes = [width + extra, *hidden]
         self.mlp = nn.Sequential(*[
             layer for a, b in zip(sizes, sizes[1:])
-            for layer in (nn.Linear(a, b), nn.ReLU(inplace=True), nn.Dropout(dropout))])
+            for layer in (nn.Linear(a, b), nn.ReLU(inplace=True), Dropout(dropout))])
         self.out = nn.Linear(hidden[-1] + crossed, 1)
 
     def fields(self, users, items, history, state=None):

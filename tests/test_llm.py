@@ -204,6 +204,18 @@ def test_packed_log_probabilities_and_gradients_equal_the_unpacked_ones():
     assert packed.tokens.numel() < unpacked
 
 
+def test_rows_of_one_completion_are_computed_without_a_mask_and_say_the_same(monkeypatch):
+    model, prompts, masks = qwen().double(), ragged(3, 97), []
+    real = llm._hidden
+    monkeypatch.setattr(llm, "_hidden", lambda model, tokens, position, mask, *rest: masks.append(mask) or real(model, tokens, position, mask, *rest))
+    tails = [[[8, 9, 10]], [[11]], [[12, 13]]]
+    alone = llm.packed_hidden(model, llm.pack_tails(prompts, tails))
+    beside = llm.packed_hidden(model, llm.pack_tails(prompts, [[*row, [7, 7]] for row in tails]))
+    plain = [model.get_decoder()(torch.tensor([p + tail])).last_hidden_state[0, len(p) - 1:-1] for p, (tail,) in zip(prompts, tails)]
+    assert masks[0] is None and masks[1] is not None
+    assert torch.allclose(alone, torch.cat(plain), atol=1e-5) and torch.allclose(beside[[0, 1, 2, 5, 8, 9]], alone, atol=1e-5)
+
+
 def test_chunked_log_probabilities_equal_log_softmax_in_values_and_gradients():
     torch.manual_seed(0)
     weight, labels = 0.3 * torch.randn(2**19, 4), torch.randint(0, 2**19, (40,))   # 32 rows a chunk: 2 chunks

@@ -46,6 +46,22 @@ class Args:
             raise ValueError("--seed must not be negative")
 
 
+@pytest.mark.parametrize("p,dtype", [(0.05, torch.float32), (0.5, torch.float64), (0.9, torch.bfloat16)])
+def test_dropout_zeroes_its_share_anywhere_scales_the_rest_and_masks_the_gradient_alike(p, dtype):
+    drop, x = cuda.Dropout(p), torch.ones(301, 333, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    y = drop(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and y.dtype == dtype and set(y.unique().tolist()) == {0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
+    gone = (y == 0).float()
+    assert abs(gone.mean() - p) < 0.005                                              # 5 std: 0.005 at p = 0.5 is 3
+    assert (gone.mean(0) - p).abs().max() < 0.15 and (gone.mean(1) - p).abs().max() < 0.15
+    assert abs((gone[:, 1:] * gone[:, :-1]).mean() - p * p) < 0.01                   # neighbours share no bits
+    torch.manual_seed(1)
+    assert torch.equal(drop(x), y) and not torch.equal(drop(x), y)                   # a function of the generator
+    assert drop.eval()(x) is x and torch.equal(cuda.Dropout(0.0)(x), x)
+
+
 def test_flags_become_fields_with_their_types():
     args = parse(Args, "", ["--lr", "2e-3", "--mode", "b", "--weights", "0.1,3", "--limit", "7", "--no-resume"])
     assert (args.lr, args.mode, args.weights, args.limit, args.resume) == (0.002, "b", (0.1, 3.0), 7, False)

@@ -578,7 +578,7 @@ def test_redrawn_negatives_are_new_in_each_epoch_and_never_what_the_user_had_in_
 
 
 def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
-    flags = ["--epochs", "4", "--patience", "9", "--redraw", "--run"]
+    flags = ["--epochs", "4", "--patience", "9", "--redraw", "--decay", "--run"]
     straight, child = start(*flags, str(tmp_path / "a")), start(*flags, str(tmp_path / "b"))
     log = tmp_path / "b" / "metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
@@ -911,6 +911,16 @@ def test_the_gate_has_a_learning_rate_of_its_own_and_does_not_decay(tmp_path, mo
     model, _ = sllmr.fit(r.args, sllmr.Run(r.args, "sllmr", "x"), r, None, None)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in made[0].param_groups for p in group["params"]}
     assert {rates[id(p)] for p in model.gate.parameters()} == {(5e-2, 0.0)} and {rates[id(p)] for p in model.ctr.parameters()} == {(3e-3, 0.1)}
+
+
+def test_the_rate_falls_linearly_to_nothing_where_asked_and_the_gates_stays(tmp_path, monkeypatch):
+    real, rates = torch.optim.Adam.step, []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: rates.append([g["lr"] for g in self.param_groups]) or real(self, *a, **k))
+    for decay in (False, True):
+        r = rows(epochs=2, llm_loss="none", lr=4e-3, gate_lr=5e-2, decay=decay, run=str(tmp_path / str(decay)))
+        r.args.batch = r.train.shape[1]                      # a batch is half of the rows: 2 of an epoch
+        sllmr.fit(r.args, sllmr.Run(r.args, "sllmr", "x"), r, None, None)
+    assert np.array(rates).T.tolist() == [pytest.approx([4e-3] * 4 + [4e-3, 3e-3, 2e-3, 1e-3]), [5e-2] * 8]
 
 
 @pytest.mark.parametrize("told", [(0.6, 0.5, 0.4), (0.6, 0.5, None, 0.4)])
