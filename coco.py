@@ -6,7 +6,7 @@ LLM reads the user's history; what it says is fused into the state. Then a judge
 worse, and only there the LLM learns.
 
   1 base          the recommender alone
-  2 collaborate   codes, prompts, extraction and fusion learn from the recommendation loss; the LLM is frozen
+  2 collaborate   codes, prompts, extraction and fusion learn from the recommendation loss; LLM and base are frozen
   3 judge         whose choices are predicted worse with the LLM's knowledge than without?
   4 eliminate     LoRA on these users' texts, for these users; then the held-out texts are read and their vectors kept
 
@@ -47,7 +47,9 @@ metric, data).
     but categories" says what an LLM is worth beside them.
   - One text serves the next --text-every choices of its user: no text holds a choice that it is to predict, and
     the LLM reads a fifth as much.
-  - rec(s-) in [6]: else the judge would compare a trained branch with one that is not.
+  - The base model stays in phase 2 as phase 1 left it: trained on, it learns the training choices by heart, and
+    what the LLM says has the worse companion (--no-freeze-base; then rec(s-) in [6] keeps the branch without the
+    LLM trained, else the judge would compare a trained branch with one that is not).
   - The judge needs the target, so it exists in training only; when served, everybody has the knowledge.
     --judge-level user takes the mean over a user's choices, text that of one text's choices; one choice says
     too little (--judge-least), and so does one draw of the negatives (--judge-draws). It judges once, before
@@ -68,7 +70,7 @@ metric, data).
     validation and test.
   - --joint trains all of it in one phase, judged batch by batch.
 
-  python coco.py --data toy:600x2000x15000                                # 5 minutes on a core
+  python coco.py --data toy:600x2000x15000                                # 10 minutes on a core
   python coco.py --data ml1m --head nce --backbone Qwen/Qwen2.5-3B        # on a GPU
   python coco.py --ablations --seeds 0,1,2 --data toy:600x2000x15000     # prompts, judges, codebooks
 """
@@ -140,6 +142,7 @@ class Args:
     decay: float = 0.99  # of the moving average, with --vq ema
     dead: int = 20  # batches without being chosen after which a code moves to a random state (0: never)
     kmeans: bool = True  # codes start by k-means of the first states (else at random)
+    freeze_base: bool = True  # phase 2 leaves the base model and the state as they are
     extract: Literal["attention", "mean"] = "attention"  # attention (eq. 4), or the mean of the LLM's output
     match: bool = True  # compare knowledge with the LLM's vector of the item's text
     static_prompt: str = "What does this user like?"  # the text of --prompt static;
@@ -169,7 +172,7 @@ class Args:
     # 0: phase 4 without it
     weight_decay: float = 1e-6  # L2 of all but the adapter, added to the gradient as Adam has it
     base_epochs: int = 100  # most epochs of phase 1
-    epochs: int = 6  # most epochs of phase 2
+    epochs: int = 12  # most epochs of phase 2
     eliminate_epochs: int = 4  # most epochs of phase 4
     eliminate_batch: int = 16  # judged texts per step of phase 4
     eliminate_lr: float = 0.0  # of the recommender in phase 4; 0: the LLM alone learns there
@@ -385,7 +388,8 @@ class Extract(nn.Module):
         self.of_prompt, self.of_output = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key = nn.Linear(width, dim), nn.Linear(width, dim)
         self.value = nn.Linear(width, 2 * dim)
-        self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(2 * dim, dim))
+        # not ReLU: of misled users, of whom little is to be said, its units die, and the LLM is never tuned
+        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, prompt, output, mask):
         """prompt (B, m, W), output (B, T, W), mask (B, T) -> (B, D)."""
@@ -810,9 +814,11 @@ def train_base(args, run, model):
 
 
 def train_prompts(args, run, model):
-    """Phase 2 (with --joint all that follows): codes, prompts, extraction, fusion and recommender, through the
-    frozen LLM."""
-    rows = model.rows
+    """Phase 2 (with --joint all that follows): codes, prompts, extraction, fusion and (--no-freeze-base, --joint)
+    recommender, through the frozen LLM."""
+    rows, learn = model.rows, args.joint or not args.freeze_base
+    for module in (model.ctr, model.to_state):
+        module.requires_grad_(learn)
 
     def step(texts):
         prompt, _, terms = model.prompt(texts)
@@ -846,6 +852,7 @@ def eliminate(args, run, model, known, mask):
     rows = model.rows
     texts = torch.as_tensor(rows.train_texts, device=rows.device)
     soft = [model.to_query, model.to_prompt] if model.soft else []
+    model.requires_grad_(True)
     for module in (model.to_state, model.ctr.user, model.ctr.item, model.extract, model.books, *soft):
         module.requires_grad_(False)
     train_adapter(model.llm, True)

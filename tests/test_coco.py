@@ -148,6 +148,16 @@ def test_the_llm_is_frozen_and_the_codes_learn_through_it():
     assert model.passes == 6
 
 
+@pytest.mark.parametrize("flags,learns", [((), False), (("--no-freeze-base",), True), (("--joint",), True)])
+def test_phase_2_leaves_the_base_model_alone_unless_told_to(tmp_path, flags, learns):
+    a, rows, model = built("--epochs", "2", "--run", str(tmp_path / "r"), *flags)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    coco.train_prompts(a, coco.Run(a, "coco", "f"), model)
+    moved = {k.split(".")[0] for k, v in model.state_dict().items() if v.is_floating_point() and not torch.equal(v, before[k])}
+    assert {"books", "to_query", "to_prompt", "extract", "gate", "to_item"} <= moved
+    assert moved >= {"ctr", "to_state"} if learns else not moved & {"ctr", "to_state"}
+
+
 def test_state_extraction_and_fusion_by_hand():
     _, rows, model = built()
     model.eval()
@@ -300,6 +310,7 @@ def test_phase_4_moves_the_adapter_and_if_asked_the_recommender_but_no_state_cod
     rising = iter(range(9))
     monkeypatch.setattr(coco, "valid_auc", lambda model: next(rising) / 10)
     before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.ctr.requires_grad_(False)                                                                   # as phase 2 leaves it
     coco.eliminate(a, coco.Run(a, "coco", "x"), model, known, mask)
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     still = ("to_state.", "to_query.", "to_prompt.", "extract.", "books.", "ctr.user.", "ctr.item.")
