@@ -715,11 +715,12 @@ class Store:
 
 
 # 9 ------------------------------------------------------------------------------------------ train
-def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapter=False):
+def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapter=False, fall=False):
     """Train a phase and keep the epoch with the best validation AUC. Resumable after any epoch, bit-equal.
 
     batches(rng) -> list of index arrays; step(batch) -> loss and parts to log, under the phase's own random numbers.
-    adapter: the LLM's adapter is trained too. Returns (what the phase reports, seconds).
+    adapter: the LLM's adapter is trained too. fall: the learning rates fall, epoch by epoch, to 1 / most of what
+    they were. Returns (what the phase reports, seconds).
     """
     now = lambda: (prefix("model/", model.state_dict())
                    | (prefix("lora/", lora.state(model.llm)) if adapter else {}))
@@ -728,7 +729,7 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
         model.load_state_dict(strip(tensors, "model/"))
         if adapter:
             lora.load_state(model.llm, strip(tensors, "lora/"))
-    first, waited, spent = 0, 0, 0.0
+    first, waited, spent, rates = 0, 0, 0.0, [group["lr"] for group in optimizer.param_groups]
     if (saved := run.begin(name)) is not None:
         tensors, earlier = saved
         first, best, waited, steps, spent, model.passes = (
@@ -748,6 +749,8 @@ def epochs(args, run, model, name, most, batches, step, optimizer, valid, adapte
         for book in getattr(model, "books", ()):
             book.generator = cuda.generator("cpu", args.seed, name, epoch)
         model.rows.redraw(name, epoch)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * (1 - epoch / most) if fall else rate
         todo = batches(rng)
         model.train()
         for batch in progress(todo, f"{name} {epoch + 1}", len(todo)):
@@ -837,7 +840,7 @@ def train_prompts(args, run, model):
     batches = lambda rng: torch.as_tensor(
         rng.permutation(rows.train_texts), device=rows.device).tensor_split(many)
     return epochs(args, run, model, "collaborate", args.epochs, batches, step, adam(args, model, args.joint),
-                  lambda: valid_auc(model), adapter=args.joint)
+                  lambda: valid_auc(model), adapter=args.joint, fall=True)
 
 
 def valid_auc(model):

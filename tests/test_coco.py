@@ -158,6 +158,19 @@ def test_phase_2_leaves_the_base_model_alone_unless_told_to(tmp_path, flags, lea
     assert moved >= {"ctr", "to_state"} if learns else not moved & {"ctr", "to_state"}
 
 
+def test_the_learning_rate_of_phase_2_falls_and_that_of_phase_1_stays(tmp_path, monkeypatch):
+    a, rows, model = built("--base-epochs", "2", "--epochs", "4", "--run", str(tmp_path / "r"))
+    made, rates, adam = [], [], coco.adam
+    monkeypatch.setattr(coco, "adam", lambda *args: made.append(adam(*args)) or made[-1])
+    seen = lambda *_: rates.append(made[-1].param_groups[0]["lr"]) or {"overall": 0.5}
+    monkeypatch.setattr(coco, "evaluate_rows", seen)
+    monkeypatch.setattr(coco, "valid_auc", lambda model: seen()["overall"])
+    run = coco.Run(a, "coco", "f")
+    coco.train_base(a, run, model)
+    coco.train_prompts(a, run, model)
+    assert rates == pytest.approx([a.lr, a.lr, a.lr, 0.75 * a.lr, 0.5 * a.lr, 0.25 * a.lr])
+
+
 def test_state_extraction_and_fusion_by_hand():
     _, rows, model = built()
     model.eval()
