@@ -70,7 +70,7 @@ metric, data).
     validation and test.
   - --joint trains all of it in one phase, judged batch by batch.
 
-  python coco.py --data toy:600x2000x15000                                # 10 minutes on a core
+  python coco.py --data toy:600x2000x15000                                # 20 minutes on a core
   python coco.py --data ml1m --head nce --backbone Qwen/Qwen2.5-3B        # on a GPU
   python coco.py --ablations --seeds 0,1,2 --data toy:600x2000x15000     # prompts, judges, codebooks
 """
@@ -668,8 +668,9 @@ def evaluate_ranking(model, known=None):
 
 def codes_view(model, codes):
     """Every code in words: the tokens nearest to what its prompt adds to the mean prompt, how many texts chose
-    it, and three typical users with their last titles. codes (n_texts,): the choice of every text."""
-    rows, book = model.rows, model.books[0]
+    it, on the toy world the share of these that are of misled users, and three typical users with their last
+    titles. codes (n_texts,): the choice of every text."""
+    rows, book, truth = model.rows, model.books[0], misled(model.rows)
     table = F.normalize(model.llm.get_input_embeddings().weight.float(), dim=-1)
     prompts = model.words[0] + model.scale * model.to_prompt(book.codes).view(len(book.codes), model.m, -1)
     near = (F.normalize(prompts - prompts.mean(0), dim=-1) @ table.T).argmax(-1)
@@ -679,7 +680,9 @@ def codes_view(model, codes):
         mine = (codes == k).nonzero()[:, 0]
         typical = mine[torch.cdist(z[mine], book.codes[k:k + 1])[:, 0].argsort()[:3]].tolist()
         titles = [rows.logs.history(int(rows.text_user[t]), int(rows.text_place[t])) for t in typical]
-        lines.append({"code": k, "texts": len(mine),
+        hurt = ({} if truth is None or not len(mine) else
+                {"misled": round(float(truth[rows.text_user[mine].cpu().numpy()].mean()), 4)})
+        lines.append({"code": k, "texts": len(mine), **hurt,
                       "nearest_tokens": [model.tokenizer.decode([i]) for i in near[k].tolist()],
                       "typical_users": [{"user": rows.data.users[int(rows.text_user[t])], "titles": lines_}
                                         for t, lines_ in zip(typical, titles)]})

@@ -148,6 +148,18 @@ def test_the_llm_is_frozen_and_the_codes_learn_through_it():
     assert model.passes == 6
 
 
+def test_a_code_says_which_share_of_its_texts_are_of_misled_users(monkeypatch):
+    _, rows, model = built("--data", "toy:40x200x700:0.3")
+    truth = coco.misled(rows)[rows.text_user]
+    model.eval()
+    lines, _ = coco.codes_view(model, torch.as_tensor(truth * 2))
+    assert [line.get("misled") for line in lines] == [0, None, 1, None] and lines[2]["texts"] == truth.sum() > 0
+    lines, _ = coco.codes_view(model, torch.zeros(len(truth), dtype=torch.long))
+    assert lines[0]["misled"] == pytest.approx(truth.mean(), abs=1e-4)
+    monkeypatch.setattr(coco, "misled", lambda rows: None)
+    assert "misled" not in coco.codes_view(model, torch.zeros(len(truth), dtype=torch.long))[0][0]
+
+
 @pytest.mark.parametrize("flags,learns", [((), False), (("--no-freeze-base",), True), (("--joint",), True)])
 def test_phase_2_leaves_the_base_model_alone_unless_told_to(tmp_path, flags, learns):
     a, rows, model = built("--epochs", "2", "--run", str(tmp_path / "r"), *flags)
