@@ -14,8 +14,8 @@ EQUATIONS (x+ and x- are the prompts with the two questions, P+ and P- the answe
   [2] paper       L = CE - lambda min(KL(P+ || P-), cap)                       -> apart("paper")
   [3] official    L = CE - lambda min(sum_t KL(sg P-_t || P+_t), cap)          -> apart("official"), train_pairs
                   with CE the mean over the whole row of x+
-  [4] bounded     L = CE + lambda JSD(sg P+, P- with Yes and No swapped)       -> apart("follow")
-                  L = CE + lambda JSD(P+, P- with Yes and No swapped)          -> apart("swap")
+  [4] bounded     L = CE + lambda JSD(P+, P- with Yes and No swapped)          -> apart("swap")
+                  L = CE + lambda JSD(sg P+, P- with Yes and No swapped)       -> apart("follow")
                   L = CE - lambda JSD(P+, P-), which is at most ln 2           -> apart("jsd")
                   L = CE - lambda min(z (s+ - s-), cap), z = 1 like, -1 dislike -> apart("hinge")
   [5] control     L = CE + w * -log P(not y | x-)                              -> --neg-ce
@@ -25,7 +25,7 @@ CHECKED BY, in tests/
   [1] test_the_answer_loss_is_pytorchs_cross_entropy
   [2] test_each_divergence_by_hand_and_against_pytorch
   [3] test_the_officials_gradient_on_the_gap_is_the_identity_of_the_docstring
-  [4] test_equal_answers_have_a_gradient_under_follow_swap_and_hinge_only
+  [4] test_equal_answers_have_a_gradient_under_swap_follow_and_hinge_only
   [5] test_a_step_on_the_flipped_answer_makes_the_opposite_of_the_label_likelier
   [6] test_a_packed_pair_gives_the_answers_of_two_separate_padded_passes
 
@@ -41,13 +41,12 @@ DEVIATIONS AND CHOICES. The paper's text is public in part; its code (TALLRec on
   - Of [3], with one answer position, two words, s the log-odds of the right one and p, n its probability in P+
     and P-: -dL/ds = (1 - p) + lambda (p - n). At p = 1 it still pulls, until the cap; where n > p it pushes the
     right answer down.
-  - `--kl bounded` asks for what is meant: P-(Yes) = P+(No). The flipped answer follows the plain one, which
-    learns from the labels alone, as in the released code; with --bound swap each follows the other, and both
-    first become a half. Pushing P+ and P- apart, however bounded, has no gradient where both answers are equal
-    (which is where a contradiction starts), pays for over-confidence, and over the whole vocabulary is won by a
-    third word after the flipped question. --bound jsd and hinge are there to see that; the hinge works on
-    log-odds, knows the right direction from the label, and stops once they are cap apart. All compare Yes and
-    No only, unless --kl-vocab full (jsd).
+  - `--kl bounded` asks for what is meant: P-(Yes) = P+(No). With --bound follow the plain answer learns from
+    the labels alone and the flipped one follows it, which is weaker in short training. Pushing P+ and P- apart,
+    however bounded, has no gradient where both answers are equal (which is where a contradiction starts), pays
+    for over-confidence, and over the whole vocabulary is won by a third word after the flipped question.
+    --bound jsd and hinge are there to see that; the hinge works on log-odds, knows the right direction from the
+    label, and stops once they are cap apart. All compare Yes and No only, unless --kl-vocab full (jsd).
   - The paper has one λ from the first step. --lam-ramp lets it grow from 0: an LLM that cannot tell likes from
     dislikes yet learns to answer both questions with a half, and needs many steps to leave that. The step with
     the best AUC may come before the divergence had its say: --keep last.
@@ -129,8 +128,8 @@ class Args:
     host: Literal["tallrec", "collm"] = "tallrec"  # text only, or text with matrix-factorisation vectors
     kl: Literal["paper", "official", "bounded", "off"] = "bounded"  # paper | official: the KL as written
     # and as released | bounded: see --bound | off: fine-tuning alone
-    bound: Literal["follow", "swap", "jsd", "hinge"] = "follow"  # of --kl bounded: follow: JSD of the
-    # flipped answer to the opposite of the plain one, made small | swap: gradient to both |
+    bound: Literal["swap", "follow", "jsd", "hinge"] = "swap"  # of --kl bounded: swap: JSD to the
+    # swapped answer, made small | follow: the same, gradient to the flipped answer alone |
     # jsd: JSD made large | hinge: log-odds kept apart
     kl_vocab: Literal["full", "answers"] | None = None  # of the divergence: all tokens, or Yes and No
     # (default: answers with bounded)
@@ -730,9 +729,9 @@ VARIANTS = {   # name: (what changes, the flag that is swept, its values; the va
     "off": ({"kl": "off", "neg_ce": 0.0}, "lam", (0.0,)),
     "official": ({"kl": "official", "neg_ce": 0.0}, "lam", (1e-4, 1e-2)),
     "paper": ({"kl": "paper", "neg_ce": 0.0}, "lam", (0.03, 0.1, 0.3)),
-    "follow": ({"kl": "bounded", "bound": "follow", "neg_ce": 0.0}, "lam", (0.3, 1.0, 3.0)),
-    "swap": ({"kl": "bounded", "bound": "swap", "neg_ce": 0.0}, "lam", (1.0,)),
-    "hinge": ({"kl": "bounded", "bound": "hinge", "neg_ce": 0.0}, "lam", (1.0,)),
+    "swap": ({"kl": "bounded", "bound": "swap", "neg_ce": 0.0}, "lam", (0.3, 1.0, 3.0)),
+    "follow": ({"kl": "bounded", "bound": "follow", "neg_ce": 0.0}, "lam", (1.0, 3.0)),
+    "hinge": ({"kl": "bounded", "bound": "hinge", "neg_ce": 0.0}, "lam", (0.3, 1.0, 3.0)),
     "neg-ce": ({"kl": "off"}, "neg_ce", (0.3, 1.0)),
 }
 COLUMNS = {"AUC": "auc", "contradiction": "contradiction", "soft inc.": "soft_inconsistency",

@@ -31,6 +31,9 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
     ("lcft", "toy",
      "--ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 "
      "--variants off,official:1e-4,official:1e-2,paper,swap,neg-ce", "ece.png"),
+    ("lcft", "toy-follow",
+     "--ablations --seeds 0,1,2 --data toy --steps 120 --batch 32 --eval-rows 500 "
+     "--variants off,follow:1,follow:3", None),
     ("lcft", "toy-long",
      "--ablations --seeds 0,1,2 --data toy --steps 400 --batch 32 --eval-every 50 --eval-rows 500 "
      "--lora-targets all-linear --lora-rank 16 --keep last --variants off,paper:0.1,swap:1,neg-ce:1", None),

@@ -87,7 +87,7 @@ def theirs(folder, template, steps):
     def step(k):
         (pos, neg), label = batches[k]
         pos, neg = logits(pos), logits(neg)
-        loss = F.cross_entropy(pos, torch.tensor([ids[1 - y] for y in label])) - LAM * lcft.apart(pos, neg, "follow", ids=ids).mean()
+        loss = F.cross_entropy(pos, torch.tensor([ids[1 - y] for y in label])) - LAM * lcft.apart(pos, neg, "swap", ids=ids).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
