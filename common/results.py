@@ -84,6 +84,8 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
 )
 
+GATES = {"mean, ones": "no gate", "mean, paper": "gate as published", "mean, agreement": "agreement",
+         "mean, no prior": "and from nothing"}
 PANELS = (   # of the overview: title, column, table, the row to compare with, {row, without its value: its name there}
     ("CURec, toy world: NDCG@10", "NDCG@10", "curec-toy", None,
      {"ids only": "ids only", "categories": "genre and theme", "random reasons": "wrong reasons",
@@ -92,12 +94,8 @@ PANELS = (   # of the overview: title, column, table, the row to compare with, {
      {"off": "fine-tuning alone", "paper": "paper", "swap": "bounded", "neg-ce": "control: neg-ce"}),
     ("LCFT, MovieLens-100K:\ncontradictions", "contradiction", "lcft-ml100k-long", None,
      {"off": "fine-tuning alone", "swap": "bounded", "neg-ce": "control: neg-ce"}),
-    ("S-LLMR, toy world, cold users:\nAUC over no LLM", "cold", "sllmr-toy", "none",
-     {"mean, ones": "no gate", "mean, paper": "gate as published", "mean, agreement": "agreement",
-      "mean, no prior": "and from nothing"}),
-    ("S-LLMR, toy world, neither cold nor tail:\nAUC over no LLM", "dense", "sllmr-toy", "none",
-     {"mean, ones": "no gate", "mean, paper": "gate as published", "mean, agreement": "agreement",
-      "mean, no prior": "and from nothing"}),
+    ("S-LLMR, toy world, cold users:\nAUC over no LLM", "cold", "sllmr-toy", "none", GATES),
+    ("S-LLMR, toy world, neither cold nor tail:\nAUC over no LLM", "dense", "sllmr-toy", "none", GATES),
     ("CoCo, toy world: AUC", "overall", "coco-toy", None,
      {"no LLM": "no LLM", "no LLM but categories": "no LLM, but categories", "static": "one static text",
       "codebook": "codebook", "full": "and judged users tuned", "judge all": "and everybody tuned"}))

@@ -396,7 +396,7 @@ def test_lambda_is_chosen_by_contradiction_among_those_that_keep_the_auc():
 
 
 def test_the_ablations_run_what_their_rows_say_and_show_what_validation_chose(tmp_path, monkeypatch):
-    runs, told = [], {0.3: (0.699, (0.05, 0.75)), 1.0: (0.697, (0.1, 0.3)), 3.0: (0.69, (0.0, 0.0))}   # of follow: AUC, contradictions by seed
+    runs, told = [], {0.3: (0.699, (0.05, 0.75)), 1.0: (0.697, (0.1, 0.3)), 3.0: (0.69, (0.0, 0.0))}   # of swap: AUC, contradictions by seed
 
     def train(args):
         runs.append((args.kl, args.bound if args.kl == "bounded" else None, args.lam, args.neg_ce, args.seed))
@@ -531,7 +531,7 @@ def test_settings_that_do_not_go_together_are_refused_in_ablations_too():
     for flags, words in (({"host": "collm", "ablations": True}, "TALLRec's"), ({"kl_vocab": "full"}, "compares Yes and No")):
         with pytest.raises(ValueError, match=words):
             lcft.Args(**flags).check()
-    lcft.Args(host="collm", ablations=True, variants=("off", "follow")).check()
+    lcft.Args(host="collm", ablations=True, variants=("off", "swap")).check()
 
 
 SMALL = ("--steps", "6", "--batch", "8", "--eval-every", "2", "--eval-rows", "20", "--prompt-history", "3", "--lora-dropout", "0.1")
