@@ -16,7 +16,7 @@ CTR the base model, sg stop-gradient, c_k the K codes)
   [2] code        z_u = BatchNorm(W_q h_u), c the code nearest to z_u, passed on with gradient to both:
                   c + (z - sg z)                                                                 -> Codebook
   [3] prompt      P_u = words + (their std) * reshape(W_p c), O_u = LLM([P_u; x_u])              -> CoCo.prompt, CoCo.read
-  [4] extraction  k = MLP(mean softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3), P, O normalised   -> Extract
+  [4] extraction  k = MLP(softmax(P_u W_1 (O_u W_2)^T / sqrt d) O_u W_3), P, O normalised        -> Extract
   [5] fusion      k_u = sigmoid(W_g [h; k]) k, h+ = h + k_u, s+ = CTR(h+) + <k_u, W_t t_i>       -> CoCo.score
   [6] phase 2     L = rec(s+) + rec(s-) + mse(sg z, c) + beta mse(z, sg c), s- = CTR(h)          -> loss_of
   [7] rec         nce: -log softmax(s / tau) of the target among negatives; bce: 1:1             -> rec_loss
@@ -59,16 +59,17 @@ metric, data).
     and with them codes, prompts and extraction stay as they are: the knowledge of the others is read once.
   - The adapter is for users whom the judge named; the others are served with the LLM as it was, which is what
     the recommender saw of them in phase 4. --adapt all reads everybody with it: then what it does to the others
-    is never trained.
+    is never trained. --judge-level text judges texts, but the adapter is the user's: all texts of a user with a
+    judged one are served with it.
   - The summaries name InfoNCE: that is --head nce. The default, bce, is click prediction on 1:1 rows, and so
     are the README's tables.
   - Training negatives are drawn anew in each epoch: the same ones would be learned by heart.
   - Confidence (--judge confidence) is the probability of the right answers: of 1 - p for a negative. With nce
-    it is the loss.
+    and one choice to judge by it says what the loss says, but for the unit of --margin.
   - A served vector is a function of (text, code, with or without the adapter, which the user decides): at most
     K LLM passes per text of a user (K^levels with --levels), kept in knowledge.safetensors for the texts of
     validation and test.
-  - --joint trains all of it in one phase, judged batch by batch.
+  - --joint trains phases 2 to 4 in one, the base model with them, judged batch by batch.
 
   python coco.py --data toy:600x2000x15000                                # 20 minutes on a core
   python coco.py --data ml1m --head nce --backbone Qwen/Qwen2.5-3B        # on a GPU
@@ -142,7 +143,7 @@ class Args:
     decay: float = 0.99  # of the moving average, with --vq ema
     dead: int = 20  # batches without being chosen after which a code moves to a random state (0: never)
     kmeans: bool = True  # codes start by k-means of the first states (else at random)
-    freeze_base: bool = True  # phase 2 leaves the base model and the state as they are
+    freeze_base: bool = True  # phase 2 (without --joint) leaves the base model and the state as they are
     extract: Literal["attention", "mean"] = "attention"  # attention (eq. 4), or the mean of the LLM's output
     match: bool = True  # compare knowledge with the LLM's vector of the item's text
     static_prompt: str = "What does this user like?"  # the text of --prompt static;
@@ -161,7 +162,7 @@ class Args:
     # the judged users', or everybody's (always so with --joint)
     align: float = 0.0  # weight of an InfoNCE term that pulls a judged user's knowledge
     # towards the behavioural state
-    joint: bool = False  # all in one phase
+    joint: bool = False  # phases 2 to 4 in one; the base model learns on
     # -- lora
     lora_targets: str = "q_proj,v_proj"  # comma-separated names of linear layers, or all-linear
     lora_rank: int = 8  # rank r of the adapter
@@ -172,7 +173,7 @@ class Args:
     # 0: phase 4 without it
     weight_decay: float = 1e-6  # L2 of all but the adapter, added to the gradient as Adam has it
     base_epochs: int = 100  # most epochs of phase 1
-    epochs: int = 12  # most epochs of phase 2
+    epochs: int = 24  # most epochs of phase 2
     eliminate_epochs: int = 4  # most epochs of phase 4
     eliminate_batch: int = 16  # judged texts per step of phase 4
     eliminate_lr: float = 0.0  # of the recommender in phase 4; 0: the LLM alone learns there
@@ -186,24 +187,31 @@ class Args:
         if (self.prompt not in ("codebook", "mixture", "shared", "static", "none")
                 and not self.prompt.startswith("group:")):
             raise ValueError("--prompt is codebook, mixture, shared, static, none or group:FIELD")
-        at_least(self, 2, "batch")                               # z is standardised over a batch
-        at_least(self, 1, "negatives test_negatives dim mlp max_history prompt_history text_every codes "
+        at_least(self, 2, "batch dim")               # z is standardised over a batch, and drawn in the plane
+        at_least(self, 1, "negatives test_negatives mlp max_history prompt_history text_every codes "
                           "levels prompt_len base_batch epochs eliminate_epochs eliminate_batch judge_least "
                           "judge_draws base_epochs patience rank_users lora_rank")
         at_least(self, 0, "beta dead align weight_decay lora_lr eliminate_lr lora_alpha")
-        if self.tau <= 0 or self.lr <= 0 or not self.static_prompt.strip():
-            raise ValueError("--tau and --lr must be positive, --static-prompt not empty")
+        if self.tau <= 0 or self.lr <= 0:
+            raise ValueError("--tau and --lr must be positive")
+        if not self.static_prompt.strip() or not self.group_prompt.strip():
+            raise ValueError("--static-prompt and --group-prompt must not be empty")
+        if self.codes ** self.levels >= 2**63:
+            raise ValueError("--codes to the power of --levels is the number of prompts, and too large")
         if self.recommender == "autoint" and self.dim % 2:
             raise ValueError("--dim must be even for autoint, which has two heads")
         if (self.vq != "both" or self.levels > 1) and self.prompt != "codebook":
             raise ValueError(f"--prompt {self.prompt} chooses no code, so that --vq {self.vq} and "
                              f"--levels {self.levels} mean nothing there; leave them out")
-        if self.joint and self.align:
-            raise ValueError("--align is a term of phase 4, and --joint has none; leave one of them out")
-        if self.ablations and any(getattr(self, name) != getattr(Args, name) for name in
-                                  ("prompt", "judge", "joint", "vq", "adapt", "lora_lr", "categories")):
-            raise ValueError("--ablations sets --prompt, --judge, --joint, --vq, --adapt, --lora-lr and "
-                             "--categories itself; leave them out")
+        phase4 = not self.joint and self.judge != "off" and self.prompt != "none"
+        if self.align and (not phase4 or "joint" in self.variants):
+            raise ValueError("--align is a term of phase 4, and --joint, --judge off and --prompt none have none")
+        if phase4 and self.lora_lr == 0 == self.eliminate_lr:
+            raise ValueError("--lora-lr 0 and --eliminate-lr 0 leave nothing to learn in phase 4; "
+                             "raise one of them, or --judge off")
+        sets = {name for change, _ in VARIANTS.values() for name in change}
+        if self.ablations and (given := [n for n in sorted(sets) if getattr(self, n) != getattr(Args, n)]):
+            raise ValueError(f"--ablations sets --{given[0].replace('_', '-')} itself; leave it out")
         if not 0 <= self.dropout < 1 or not 0 <= self.decay < 1 or not self.mlp:
             raise ValueError("--dropout and --decay must be in [0, 1), --mlp not empty")
         if unknown := set(self.variants) - set(VARIANTS):
@@ -291,6 +299,8 @@ def words(model, tokenizer, texts, length):
     """Texts as prompts: the embeddings of their words, (n, m, width). Longer than `length` is cut if it is
     given; shorter ones repeat their last word."""
     ids = [list(llm.plain_ids(tokenizer, t))[:length] for t in texts]
+    if not all(ids):
+        raise UserError("--static-prompt or --group-prompt: a text without words; give it some")
     m = length or max(map(len, ids))
     return model.get_input_embeddings()(
         torch.tensor([x + x[-1:] * (m - len(x)) for x in ids], device=model.device)).detach()
@@ -380,16 +390,16 @@ def usage(index, n_codes):
 
 # 6 ------------------------------------------------------------------------------------------ model
 class Extract(nn.Module):
-    """[4] What the prompt asks of the LLM's output: cross-attention, mean over the m queries, an MLP."""
+    """[4] What the prompt asks of the LLM's output: cross-attention, an MLP on its m answers side by side."""
 
-    def __init__(self, width, dim, kind):
+    def __init__(self, width, dim, kind, m):
         super().__init__()
         self.kind, self.dim = kind, dim
         self.of_prompt, self.of_output = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key = nn.Linear(width, dim), nn.Linear(width, dim)
         self.value = nn.Linear(width, 2 * dim)
         # not ReLU: of misled users, of whom little is to be said, its units die, and the LLM is never tuned
-        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(2 * dim, dim))
+        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(2 * dim * (m if kind == "attention" else 1), dim))
 
     def forward(self, prompt, output, mask):
         """prompt (B, m, W), output (B, T, W), mask (B, T) -> (B, D)."""
@@ -398,8 +408,8 @@ class Extract(nn.Module):
             weight = (mask / mask.sum(1, keepdim=True))[:, None]
         else:
             score = self.query(self.of_prompt(prompt)) @ self.key(o).transpose(1, 2) / self.dim ** 0.5
-            weight = score.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1, keepdim=True)
-        return self.mlp((weight @ self.value(o))[:, 0])
+            weight = score.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        return self.mlp((weight @ self.value(o)).flatten(1))
 
 
 class CoCo(nn.Module):
@@ -433,6 +443,9 @@ class CoCo(nn.Module):
         self.register_buffer("adapted", torch.ones(len(group), dtype=torch.bool), persistent=False)
         self.m = self.words.shape[1]
         if self.soft:
+            if len(rows.train_texts) < 2:
+                raise UserError(f"--data {args.data}: one text to train on, and states are standardised over "
+                                "two or more; lower --text-every or bring more choices")
             # users apart, however alike their h
             self.to_query = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D, affine=False))
             self.to_prompt = nn.Linear(D, self.m * W)
@@ -441,7 +454,7 @@ class CoCo(nn.Module):
             self.books = nn.ModuleList(
                 Codebook(1 if args.prompt == "shared" else args.codes, D, args.vq,
                          args.beta, args.decay, args.dead, args.kmeans) for _ in range(books))
-        self.extract, self.gate = Extract(W, D, args.extract), nn.Linear(2 * D, D)
+        self.extract, self.gate = Extract(W, D, args.extract, self.m), nn.Linear(2 * D, D)
         vectors = llm.encode(model, tokenizer, rows.logs.lines, desc="item texts")
         self.register_buffer("items", (vectors - vectors.mean(0)) / (vectors.std(0) + 1e-6), persistent=False)
         self.to_item = nn.Linear(W, D)
@@ -460,6 +473,9 @@ class CoCo(nn.Module):
         if not self.soft:
             group = self.group[users]
             return self.words[group], group, self.words.new_zeros(())
+        norm = self.to_query[1]
+        # its moments are those of the states from the first batch on: starting at (0, 1) is one code for all
+        norm.momentum = max(0.1, 1 / (1 + int(norm.num_batches_tracked)))
         z = self.to_query(self.state(users, self.rows.text_place[texts]))
         index, terms, value, left = none, z.new_zeros(()), 0, z
         if self.args.prompt == "mixture":  # soft attention over the codes, instead of one
@@ -907,7 +923,8 @@ def train(args, shared=None):
         run.finish("base", train_base(args, run, model)[0])
     model.load_state_dict(strip(take("base"), "model/"))
     result = {"script": "coco", "data": rows.data.name, "backbone": args.backbone, "prompt": args.prompt,
-              "head": args.head, "judge": args.judge, "seed": args.seed, "base": run.done("base")}
+              "head": args.head, "judge": args.judge if args.prompt != "none" else "off", "seed": args.seed,
+              "base": run.done("base")}
     known = known_valid = None
     if args.prompt != "none":
         if not run.done("collaborate"):
@@ -1024,6 +1041,8 @@ def ablations(args):
     fields = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed).user_fields
     names = [n for n in VARIANTS
              if (n in args.variants if args.variants else n not in ("gender", "age") or n in fields)]
+    if absent := [n for n in names if n in ("gender", "age") and n not in fields]:
+        raise UserError(f"--variants {absent[0]}: these data have no such user field; leave it out")
     found, runs = {name: [] for name in names}, []
     for seed in args.seeds or (args.seed,):
         for name in found:

@@ -266,7 +266,7 @@ def width(model):
 def _check_length(model, n, what="a prompt"):
     if n > _positions(model):
         raise UserError(f"--backbone: {what} would take {n} positions, and it has {_positions(model)}; "
-                        "lower --prompt-history or take another one")
+                        "shorten it (--prompt-history) or take another one")
 
 
 def embed(model, tokens, soft):

@@ -194,10 +194,10 @@ def test_state_extraction_and_fusion_by_hand():
         h = model.to_state(torch.cat([model.ctr.user.weight[u[0]], model.ctr.item.weight[past].mean(0)]))
         assert torch.allclose(model.state(u, place)[0], h, atol=1e-5)
 
-        p, o = torch.randn(2, 128), torch.randn(3, 128)                       # [4] two queries, three words
+        p, o = torch.randn(model.m, 128), torch.randn(3, 128)                 # [4] m queries, three words
         e, norm = model.extract, torch.nn.functional.layer_norm
         weight = (e.query(norm(p, (128,))) @ e.key(norm(o, (128,))).T / 8 ** 0.5).softmax(-1)
-        want = e.mlp((weight @ e.value(norm(o, (128,)))).mean(0))
+        want = e.mlp((weight @ e.value(norm(o, (128,)))).flatten())
         padded = torch.cat([o, 100 * torch.ones(2, 128)])
         assert torch.allclose(e(p[None], padded[None], torch.tensor([[True] * 3 + [False] * 2]))[0], want, atol=1e-5)
 
@@ -206,6 +206,13 @@ def test_state_extraction_and_fusion_by_hand():
         items = rows.test[3:, :1].T
         s = model.ctr(u, items + 1, rows.history(u, place), state=(h + k)[None])[0] + model.to_item(model.items[items[0]]) @ k
         assert torch.allclose(model.score(rows.test[:, :1], known[None])[0], s, atol=1e-5)
+
+
+def test_codes_are_served_as_they_are_trained_from_the_first_batch_on():
+    _, rows, model = built("--codes", "8")
+    texts = torch.as_tensor(rows.train_texts)
+    trained = model.train().prompt(texts)[1]
+    assert len(trained.unique()) >= 6 and (model.codes(texts) == trained).float().mean() > 0.95
 
 
 def test_what_is_read_does_not_depend_on_who_else_is_in_the_batch():
@@ -451,7 +458,7 @@ def test_what_was_read_once_is_never_read_again(tmp_path):
 # ------------------------------------------------------------------------------------------------------- end to end
 @pytest.mark.parametrize("flags", [("--prompt", "none"), ("--head", "nce", "--levels", "2", "--recommender", "dcnv2", "--joint"),
                                    ("--prompt", "static", "--judge", "all", "--align", "0.1"), ("--prompt", "mixture", "--judge", "confidence", "--margin", "-1"),
-                                   ("--margin", "-10", "--adapt", "all", "--lora-lr", "0")])
+                                   ("--margin", "-10", "--adapt", "all", "--lora-lr", "0", "--eliminate-lr", "1e-3")])
 def test_every_kind_of_run_ends_with_a_result(tmp_path, capsys, flags):
     coco.main(coco.Args, coco.train, "", [*SMALL, "--run", str(tmp_path / "r"), *flags])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("RESULT "))
@@ -493,7 +500,9 @@ def test_the_table_of_variants_shares_what_is_the_same(tmp_path, capsys):
     (("--variants", "best"), 2, "--variants best"), (("--tau", "0"), 2, "--tau"), (("--batch", "1"), 2, "--batch"),
     (("--static-prompt", " "), 2, "--static-prompt"), (("--group-prompt", "{field.x}"), 2, "--group-prompt"), (("--eliminate-lr", "-1"), 2, "--eliminate-lr"),
     (("--recommender", "autoint", "--dim", "7"), 2, "--dim"), (("--vq", "ema", "--prompt", "mixture"), 2, "--vq ema"), (("--users", "0"), 2, "--users"),
-    (("--lora-targets", "nothing"), 1, "no such linear layer")])
+    (("--lora-targets", "nothing"), 1, "no such linear layer"), (("--dim", "1"), 2, "--dim"), (("--levels", "99"), 2, "--levels"),
+    (("--group-prompt", " "), 2, "--group-prompt"), (("--lora-lr", "0"), 2, "--eliminate-lr"), (("--judge", "off", "--align", "1"), 2, "--align"),
+    (("--ablations", "--no-match"), 2, "--match"), (("--ablations", "--variants", "age"), 1, "--variants age")])
 def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
     with pytest.raises(SystemExit) as stop:
         coco.main(coco.Args, coco.train, "", [*SMALL, "--run", str(tmp_path / "r"), *flags])
@@ -652,7 +661,7 @@ def test_a_mixture_does_not_depend_on_who_else_is_in_the_batch():
 
 
 def test_the_mean_of_the_output_is_that_of_its_words():
-    e, o = coco.Extract(6, 4, "mean"), torch.randn(3, 6)
+    e, o = coco.Extract(6, 4, "mean", 2), torch.randn(3, 6)
     found = e(torch.randn(1, 2, 6), torch.cat([o, 100 * torch.ones(2, 6)])[None], torch.tensor([[True] * 3 + [False] * 2]))
     assert torch.allclose(found[0], e.mlp(e.value(torch.nn.functional.layer_norm(o, (6,))).mean(0)), atol=1e-5)
 

@@ -167,7 +167,7 @@ def test_a_setting_that_is_given_is_taken_even_if_it_is_0():
 
 
 def test_what_does_not_fit_the_backbone_is_refused_before_any_work():
-    with pytest.raises(UserError, match="a prompt of 500 tokens and 20 new ones would take 520 positions, and it has 512; lower --prompt-history"):
+    with pytest.raises(UserError, match="a prompt of 500 tokens and 20 new ones would take 520 positions, and it has 512; shorten it \\(--prompt-history\\)"):
         llm.rollout(qwen(), [[7] * 500], 1, 20)
     with pytest.raises(ValueError, match="no empty prompt"):
         llm.rollout(qwen(), [[7], []], 1, 20)
@@ -371,7 +371,7 @@ def test_a_prompt_beyond_the_positions_is_refused_wherever_it_is_read():
     model, long = qwen(), [list(range(6, 90)) * 7]
     for read in (lambda: llm.hidden_states(model, long), lambda: llm.packed_hidden(model, llm.pack_tails(long, [[[7]]])),
                  lambda: llm.after_tails(model, long, [[[7]]])):
-        with pytest.raises(UserError, match="and it has 512; lower --prompt-history"):
+        with pytest.raises(UserError, match="and it has 512; shorten it \\(--prompt-history\\)"):
             read()
 
 
