@@ -133,6 +133,10 @@ def parse(Args, doc, argv=None):
     try:
         at_least(args, 0, "seed seeds max_bad_rows")
         at_least(args, 1, "users")
+        if any(seed >= 2**63 for seed in (getattr(args, "seed", 0), *getattr(args, "seeds", ()))):
+            raise ValueError("--seed and --seeds must be below 2**63")
+        if getattr(args, "resume", False) and args.overwrite:
+            raise ValueError("--resume goes on with a run and --overwrite removes it; leave one of them out")
         if len(set(seeds := getattr(args, "seeds", ()))) < len(seeds):
             raise ValueError("--seeds names one twice")
         if hasattr(args, "check"):
@@ -173,6 +177,8 @@ def main(Args, train, doc, argv=None):
                     shutil.rmtree(run.folder)
                     if run.replaced and run.replaced.is_dir():
                         run.replaced.rename(run.folder)
+                else:
+                    run.drop_replaced()
             raise
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -187,6 +193,9 @@ def main(Args, train, doc, argv=None):
     except torch.OutOfMemoryError as problem:
         print(f"error: out of device memory ({str(problem).splitlines()[0]}); lower the batch, the group "
               "or the token limits, or take a smaller --backbone", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError as problem:
+        print(f"error: out of memory ({problem}); take fewer --users or a smaller world", file=sys.stderr)
         sys.exit(1)
     except SafetensorError as problem:
         print(f"error: a checkpoint could not be written ({str(problem).splitlines()[0]}); "
@@ -250,9 +259,12 @@ def command_line():
 
 def folder_of(args, script, tail):
     """--run, or runs/SCRIPT-DATA-BACKBONE-TAIL; no colon (toy:300x600x15000), which ends a host's name for scp
-    and rsync."""
-    return Path(args.run or (
+    and rsync. UserError where an ablation's runs would go into a run."""
+    folder = Path(args.run or (
         f"runs/{script}-{Path(args.data).name}-{Path(args.backbone).name}-{tail}".replace(":", "-")))
+    if tail == "ablations" and is_run(folder):
+        raise UserError(f"{folder} holds a single run; name another folder for --ablations with --run")
+    return folder
 
 
 def variant(args, folder, **changes):
@@ -325,8 +337,8 @@ class Run:
     made = []                                   # those that this process has begun
 
     def __init__(self, args, script, fingerprint, free=(), rank=0):
-        self.args, self.script, self.clock, self.rank, self.since = (
-            args, script, None, rank, time.perf_counter())
+        self.args, self.script, self.clock, self.rank, self.since, self.replaced = (
+            args, script, None, rank, time.perf_counter(), None)
         self.folder = folder_of(args, script, f"s{args.seed}")
         settings = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(args))).items()
                     if k not in {"run", "resume", "overwrite", "device", *free}}
@@ -336,11 +348,10 @@ class Run:
             torch.distributed.barrier()
             self.phases = self.read("phases.json")
             return
-        self.replaced = None
-        # kept aside until `header`: the new one may fail to start
+        # kept aside until there is something to keep of the new one, which may fail to start
         if args.overwrite and not args.resume and is_run(self.folder):
             self.replaced = self.folder.with_name(f"{self.folder.name}.replaced")
-            if is_run(self.replaced):           # left by a process that was killed before its header
+            if is_run(self.replaced):           # left by a process that was killed on the way
                 shutil.rmtree(self.replaced)
             self.folder.rename(self.replaced)
         if path.exists():
@@ -353,7 +364,8 @@ class Run:
             if earlier["script"] != script:
                 raise UserError(f"{self.folder} holds a run of {earlier['script']}.py; "
                                 "name another folder with --run")
-            if differ := differences(earlier, identity):
+            # the data may have been moved: their fingerprint says whether they are the same
+            if differ := differences(earlier | {"data_dir": None}, identity | {"data_dir": None}):
                 raise UserError(f"cannot resume {self.folder}, it was started with other settings ({differ})")
         elif self.folder.exists() and any(f.suffix != ".tmp" for f in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no run; name another folder with --run")
@@ -378,7 +390,14 @@ class Run:
         """What `finish(phase, ...)` recorded, or None."""
         return self.phases.get(phase)
 
+    def drop_replaced(self):
+        """The run that this one replaces (--overwrite) goes."""
+        if self.replaced and self.replaced.is_dir():
+            shutil.rmtree(self.replaced)
+        self.replaced = None
+
     def finish(self, phase, record):
+        self.drop_replaced()
         self.phases[phase] = record
         write_atomically(self.folder / "phases.json", json.dumps(self.phases, indent=1))
         if (path := self.folder / "header.json").exists():      # a resumed run adds to what it took before
@@ -406,6 +425,7 @@ class Run:
         """
         path, beside = self.folder / f"{name}.safetensors", self.folder / f"{name}.safetensors.tmp"
         state = {"log_bytes": self.log_bytes(), **state}
+        self.drop_replaced()
         save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, beside,
                   metadata={"state": json.dumps(state), "format": str(FORMAT)})
         with safe_open(beside, "pt") as f:
@@ -424,6 +444,8 @@ class Run:
         """(tensors, state) of the last save, or None. A damaged file is a UserError that names it."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
+            if name in self.phases:
+                raise UserError(f"{path} is gone, of a phase that is done; start anew with --overwrite")
             return None
         try:
             with safe_open(path, "pt") as f:
@@ -484,7 +506,8 @@ class Run:
                 if before and before[0] == phase and step > before[1] else "")
         shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         width = len(str(total))
-        tqdm.write(f"{phase} {step:0{width}d}/{total} | {shown}{pace} | {cuda.memory_gib():.1f} GiB",
+        say = tqdm.write if sys.stderr.isatty() else print       # a log file gets no bar redrawn at each line
+        say(f"{phase} {step:0{width}d}/{total} | {shown}{pace} | {cuda.memory_gib():.1f} GiB",
                    file=sys.stdout)
         sys.stdout.flush()
 
@@ -499,9 +522,6 @@ class Run:
         import transformers
         if self.rank > 0:
             return
-        if self.replaced:
-            shutil.rmtree(self.replaced)
-            self.replaced = None
         path = self.folder / "header.json"
         earlier = json.loads(path.read_text()) if path.exists() else {}
         facts = {"command": command_line(),

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from common import cuda
-from common.run import Run, UserError, command_line, main, parse, variant, write_atomically
+from common.run import Run, UserError, command_line, folder_of, main, parse, variant, write_atomically
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,7 +71,7 @@ def test_flags_become_fields_with_their_types():
 @pytest.mark.parametrize("argv, words", [
     (["--sede", "1"], "did you mean --seed"), (["--see", "1"], "unknown flag"), (["--seed", "1.5"], "invalid"),
     (["--lr", "nan"], "invalid"), (["--mode", "c"], "invalid choice"), (["--seed", "-1"], "must not be negative"),
-    (["--weights", "1,x"], "invalid"), (["stray"], "stray")])
+    (["--weights", "1,x"], "invalid"), (["stray"], "stray"), (["--seed", str(2**63)], "below 2**63"), (["--resume", "--overwrite"], "leave one of them out")])
 def test_a_usage_error_is_one_line_and_status_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Args, "", argv)
@@ -96,12 +96,12 @@ def test_overwriting_spares_what_is_not_ours_and_what_cannot_be_replaced(tmp_pat
     start(tmp_path / "r").save("c", {"a": torch.ones(1)}, {})
 
     def fails(args):
-        Run(args, "t", "abc")
+        Run(args, "t", "abc").header(device="cpu")
         raise UserError("no such backbone")
     with pytest.raises(SystemExit):
         main(Args, fails, "", ["--run", str(tmp_path / "r"), "--overwrite"])
     assert (tmp_path / "r" / "c.safetensors").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["mine", "r"]
-    start(tmp_path / "r", overwrite=True).header(device="cpu")
+    start(tmp_path / "r", overwrite=True).finish("first", {})
     assert not (tmp_path / "r" / "c.safetensors").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["mine", "r"]
 
 
@@ -113,7 +113,7 @@ def test_who_has_the_bundled_llm_read_other_data_than_its_own_is_told(tmp_path, 
 
 @pytest.mark.parametrize("problem, status, words", [
     (SafetensorError("I/O error: No space left"), 1, "could not be written"), (UserError("file:3: broken"), 1, "error: file:3: broken"), (KeyboardInterrupt(), 130, "--resume"),
-    (OSError(28, "No space left on device", "x"), 1, "No space left"), (torch.OutOfMemoryError("CUDA"), 1, "lower")])
+    (OSError(28, "No space left on device", "x"), 1, "No space left"), (torch.OutOfMemoryError("CUDA"), 1, "lower"), (MemoryError("Unable to allocate"), 1, "out of memory")])
 def test_a_users_mistake_is_one_line_without_traceback(problem, status, words, capsys):
     def train(args):
         raise problem
@@ -245,6 +245,29 @@ def test_an_optimiser_goes_on_as_if_nothing_had_happened(tmp_path):
     run.load_optimizer(optimizer, tensors)
     steps(second, optimizer, 3)
     assert torch.equal(second.weight, straight.weight) and torch.equal(second.bias, straight.bias)
+
+
+def test_a_run_that_fails_with_something_to_keep_replaces_the_earlier_one(tmp_path):
+    start(tmp_path / "r").save("c", {"a": torch.ones(1)}, {})
+
+    def fails(args):
+        run = Run(args, "t", "abc")
+        (run.folder / "scores.jsonl").write_text("paid for")
+        raise UserError("no such backbone")
+    with pytest.raises(SystemExit):
+        main(Args, fails, "", ["--run", str(tmp_path / "r"), "--overwrite"])
+    assert [p.name for p in tmp_path.iterdir()] == ["r"] and (tmp_path / "r" / "scores.jsonl").exists()
+
+
+def test_a_phase_that_is_done_without_its_file_is_told_and_an_ablation_does_not_go_into_a_run(tmp_path):
+    run = start(tmp_path / "r")
+    run.save("c", {"a": torch.ones(1)}, {})
+    run.finish("c", {})
+    (tmp_path / "r" / "c.safetensors").unlink()
+    with pytest.raises(UserError, match="c.safetensors is gone.*--overwrite"):
+        start(tmp_path / "r", resume=True).load("c")
+    with pytest.raises(UserError, match="holds a single run"):
+        folder_of(Args(run=str(tmp_path / "r")), "t", "ablations")
 
 
 def test_a_folder_with_another_run_is_not_touched_without_being_told(tmp_path):
