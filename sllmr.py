@@ -27,7 +27,7 @@ CHECKED BY, in tests/
 
 DEVIATIONS AND CHOICES
   - The gate as published can only fall: dL/dalpha is a hinge, never negative, so descent lowers w and b
-    wherever model and LLM disagree, and nothing raises them. Hence --gate:
+    wherever the model does not keep the LLM's order by the margin, and nothing raises them. Hence --gate:
       paper       as published
       normalised  divides by the sum of alpha: weights compete, and rise where the LLM is easier to follow than
                   on average
@@ -35,8 +35,9 @@ DEVIATIONS AND CHOICES
       agreement   (default, ours) sets a share of each user's scored items aside. alpha_uij learns, by
                   cross-entropy, how likely the model (under dropout) orders a pair of these as the LLM does.
                   The other pairs weigh max(0, 2 alpha_uij - 1), nothing where the LLM is no better than a coin;
-                  the loss is their weighted mean. It measures whether scores are consistent: an opinion of items
-                  that is the same for all users can be learned, and then agreed with, be it right or wrong
+                  the loss is their weighted mean, the K pairs are the largest by gap times weight. It measures
+                  whether scores are consistent: an opinion of items that is the same for all users can be
+                  learned, and then agreed with, be it right or wrong
       fixed       stays at --gate-init
       ones        no gate, the paper's "global"
       truth       with --scorer oracle: a pair of two right scores weighs 1, of one 1/2, of none 0
@@ -82,11 +83,13 @@ DEVIATIONS AND CHOICES
 
 # 1 ------------------------------------------------------------------------------------------ imports
 import concurrent.futures
+import hashlib
 import http.client
 import json
 import math
 import os
-import time
+import shutil
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -166,7 +169,8 @@ class Args:
     api_model: str = "gpt-4o-mini"  # its model
     api_parallel: int = 8  # requests at once
     api_tries: int = 6  # per request
-    api_pause: float = 0.5  # seconds after the first failure, doubled after each, at most 30
+    api_pause: float = 0.5  # seconds after the first failure, doubled after each up to 30;
+    # and up to as many again, by chance
     api_timeout: float = 60.0  # seconds for an answer
     api_price: tuple[float, ...] = (0.15, 0.60)  # dollars per million tokens in, out; for the estimate
     dry_run: bool = False  # with --scorer api: print the first prompt, the tokens and the price, then stop
@@ -182,8 +186,8 @@ class Args:
     lam: float = 0.1  # λ, weight of the LLM's loss
     margin: float = 1.0  # m of the hinge, on logits
     pairs: int = 256  # K: pairs per step
-    pick: Literal["largest", "sample"] = "largest"  # the K largest gaps of all,
-    # or K / --pair-users random pairs of each user
+    pick: Literal["largest", "sample"] = "largest"  # the K largest gaps of all (agreement, truth: times the
+    # pair's weight, and none of weight 0), or K / --pair-users random pairs of each user
     reduction: Literal["mean", "sum"] = "mean"  # over pairs
     pair_users: int = 16  # users per step of the second sampler
     budget: float = 0.3  # ρ: with --gate budget, the mean of α
@@ -225,6 +229,14 @@ class Args:
             raise ValueError("--api-price takes two numbers: dollars per million tokens in, out")
         if not all(x is None or x > 0 for x in (self.lr, self.tune_lr, self.api_timeout)):
             raise ValueError("--lr, --tune-lr and --api-timeout must be positive")
+        if self.lams != Args.lams and not self.ablations:
+            raise ValueError("--lams goes with --ablations; --lam sets the one of a single run")
+        if self.uncertainty == "dropout" and not self.dropout:
+            raise ValueError("--uncertainty dropout is nothing with --dropout 0")
+        if self.dry_run and self.scorer != "api":
+            raise ValueError("--dry-run is the price of --scorer api")
+        if self.scores and self.llm_loss in ("none", "kar"):
+            raise ValueError(f"--llm-loss {self.llm_loss} takes no --scores; leave one of them out")
         if self.scorer == "file" and not self.scores:
             raise ValueError("--scorer file needs --scores FILE")
         if self.scores and self.scorer not in ("auto", "file"):
@@ -336,6 +348,8 @@ def candidates(rows):
             rare, rng.binomial(len(rare), min(1.0, args.candidates / len(pool))), replace=False))
     had = lambda u: set(logs.sequence(u)[:logs.n_train[u]].tolist())
     wanted = {u: sorted(set(map(int, items)) - had(u)) for u, items in chosen.items()}
+    if not any(wanted.values()):
+        raise UserError("no user has a candidate that is new to them; raise --candidates, --pool or --extra")
     return {u: items for u, items in wanted.items() if items}
 
 
@@ -363,9 +377,9 @@ def reliable(args, cold, tail):
     return np.array(args.oracle)[2 * np.asarray(cold, dtype=int) + np.asarray(tail, dtype=int)]
 
 
-def by_backbone(rows, wanted, batch=8):
+def by_backbone(rows, wanted, missing=None, batch=8):
     """sigmoid(logit Yes - logit No) of a causal LM. A user's history runs through the model once, then all
-    candidates."""
+    candidates. missing: only the batches with one of these users are read, as padded as they would be."""
     args = rows.args
     model, tokenizer = llm.load(args.backbone, rows.device, cuda.pick_dtype(args.dtype, rows.device))
     yes, no = (llm.single_token(tokenizer, word) for word in ("Yes", "No"))
@@ -377,6 +391,8 @@ def by_backbone(rows, wanted, batch=8):
     users = list(wanted)
     for start in progress(range(0, len(users), batch), "LLM scores", -(-len(users) // batch)):
         part = users[start:start + batch]
+        if missing is not None and not any(u in missing for u in part):
+            continue
         gap = score_shared(model, tokenizer, [ask(rows, u, wanted[u]) for u in part], yes, no)
         for u, g in zip(part, gap):
             yield u, wanted[u], torch.sigmoid(g).tolist()
@@ -533,7 +549,7 @@ def by_api(rows, wanted):
         raise UserError("--scorer api: OPENAI_API_KEY holds characters that no key has, "
                         "such as a line break; set it anew")
 
-    usable = []                                                  # users with an answer
+    usable, stop = [], threading.Event()                         # users with an answer; no more tries
 
     def one(u):
         prompt, pause = rank_prompt(rows, u, wanted[u]), args.api_pause
@@ -546,27 +562,43 @@ def by_api(rows, wanted):
                 # it answers others: a refusal
                 if not left and usable and isinstance(problem, (ValueError, RecursionError)):
                     return u, wanted[u], [None] * len(wanted[u])
-                if not left:
+                if not left or stop.wait(pause * (1 + np.random.default_rng().random())):
                     raise UserError(f"--api-base {args.api_base}: user {rows.data.users[u]} failed "
                                     f"{args.api_tries} times, last: {str(problem)[:100]}; "
                                     "what was scored is kept, --resume goes on") from None
-                time.sleep(pause * (1 + np.random.default_rng().random()))
                 pause = min(2 * pause, 30)
-    failed, crew = None, concurrent.futures.ThreadPoolExecutor(args.api_parallel)
+    failed, crew, told = None, concurrent.futures.ThreadPoolExecutor(args.api_parallel), set()
     jobs = [crew.submit(one, u) for u in wanted]
-    try:
-        for job in progress(concurrent.futures.as_completed(jobs), "LLM scores", len(jobs)):
+
+    def settle(done):
+        """What these jobs brought, each told once. Ask no more after a failure, but keep what is on its way: it
+        is paid for."""
+        nonlocal failed
+        for job in done:
             try:
-                yield job.result()
+                if job not in told:
+                    answer = job.result()
+                    told.add(job)
+                    yield answer
             except concurrent.futures.CancelledError:
                 pass
             except UserError as problem:
-                # ask no more, but keep what is on its way: it is paid for
                 failed = failed or problem
-                for other in jobs:
-                    other.cancel()
+                ask_no_more()
+
+    def ask_no_more():
+        stop.set()
+        for job in jobs:
+            job.cancel()
+    try:
+        yield from settle(progress(concurrent.futures.as_completed(jobs), "LLM scores", len(jobs)))
+    except KeyboardInterrupt:
+        ask_no_more()
+        yield from settle(jobs)
+        raise
     finally:
-        crew.shutdown(cancel_futures=True)
+        ask_no_more()
+        crew.shutdown()
     if failed:
         raise failed
 
@@ -604,8 +636,6 @@ def score(args, folder, rows):
     asked again."""
     kind = scorer(args, rows)
     if kind == "file":
-        if not Path(args.scores).is_file():
-            raise UserError(f"--scores {args.scores}: no such file")
         return read_scores(Path(args.scores), rows.data)
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted, data = folder / "scores.jsonl", candidates(rows), rows.data
@@ -624,10 +654,11 @@ def score(args, folder, rows):
         # a user cut short is asked about again
         table = {(u, i): s for (u, i), s in table.items() if u not in missing}
         write_atomically(path, "".join(lines(u, [(i, s)]) for (u, i), s in table.items()))
-        source = {"oracle": oracle, "backbone": by_backbone, "encoder": by_encoder, "api": by_api}[kind]
+        # the oracle's noise is one stream: ask it for all again
+        source = {"oracle": lambda: oracle(rows, wanted), "backbone": lambda: by_backbone(rows, wanted, missing),
+                  "encoder": lambda: by_encoder(rows, missing), "api": lambda: by_api(rows, missing)}[kind]
         with open(path, "a", encoding="utf-8") as f:
-            # the oracle's noise is one stream: ask it for all again
-            for u, items, scores in source(rows, wanted if kind == "oracle" else missing):
+            for u, items, scores in source():
                 if u in missing:
                     if not made.exists():
                         write_atomically(made, json.dumps(settings, indent=1))
@@ -989,9 +1020,17 @@ def train(args, shared=None):
     if args.gate == "truth" and scorer(args, rows) != "oracle":
         raise UserError("--gate truth: where scores are right is only known of the toy world's "
                         "(--scorer oracle); take another gate")
+    if args.tune_steps and scorer(args, rows) != "backbone":
+        raise UserError(f"--tune-steps trains a backbone, and the scores are those of --scorer {scorer(args, rows)}; "
+                        "leave it out, or add --scorer backbone")
     if args.dry_run:
         return estimate(rows)
-    run = Run(args, "sllmr", rows.data.fingerprint,
+    fingerprint = rows.data.fingerprint
+    if args.scores:
+        if not Path(args.scores).is_file():
+            raise UserError(f"--scores {args.scores}: no such file")
+        fingerprint += "-" + hashlib.sha256(Path(args.scores).read_bytes()).hexdigest()[:12]
+    run = Run(args, "sllmr", fingerprint,
               free=("api_parallel", "api_tries", "api_pause", "api_timeout", "api_price"))
     if run.done("result"):
         return run.result(run.done("result"))
@@ -1076,6 +1115,8 @@ def ablations(args):
     if "truth" in args.variants and "truth" not in known:
         raise UserError("--variants truth: where scores are right is only known of the toy world's own "
                         "(--scorer oracle)")
+    for seed in (args.seeds or (args.seed,)) if args.overwrite else ():
+        shutil.rmtree(root / f"scores-s{seed}", ignore_errors=True)
     tables, runs = {}, []   # {recommender, variant, lambda: its row}
     for recommender in args.recommenders or (args.recommender,):
         found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)}

@@ -433,6 +433,37 @@ def test_an_endpoint_that_refuses_or_never_answers_is_one_line_and_what_was_paid
     assert len(set(kept)) == Faulty.good + Faulty.partly > 0                      # every good answer is there, also those on their way at the end
 
 
+def test_an_interrupt_keeps_the_answers_that_are_on_their_way(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    r = rows(scorer="api", api_base=endpoint, api_tries=20, api_pause=0.0, api_parallel=3)
+    Faulty.rng = types.SimpleNamespace(random=lambda: time.sleep(0.05) or 0.9)                # good, and never at once
+    answers = sllmr.by_api(r, {u: [1, 2] for u in range(30)})
+    got = [next(answers)[0]]
+    with pytest.raises(KeyboardInterrupt):
+        got.append(answers.throw(KeyboardInterrupt)[0])
+        got.extend(u for u, *_ in answers)
+    assert sorted(got) == sorted(set(got)) and len(got) == Faulty.good == len(Faulty.calls) < 30
+
+
+def test_another_file_of_scores_is_no_resume_and_an_ablation_overwrites_its_scores(tmp_path, capsys):
+    def fails(*flags):
+        with pytest.raises(SystemExit):
+            sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, *flags])
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    r, file = rows(), tmp_path / "scores.jsonl"
+    line = lambda score: "".join(json.dumps({"user": u, "item": i, "score": score * k}) + "\n" for u in r.data.users[:9] for k, i in enumerate(r.data.items[:3]))
+    file.write_text(line(0.1))
+    flags = ("--scores", str(file), "--run", str(tmp_path / "r"))
+    sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, *flags])
+    file.write_text(line(0.2))
+    assert "other settings (data_fingerprint" in fails(*flags, "--resume")
+    flags = ("--ablations", "--variants", "ones", "--lams", "0.1", "--run", str(tmp_path / "all"))
+    sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, *flags])
+    before = (tmp_path / "all" / "scores-s0" / "scores.jsonl").read_bytes()
+    sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, *flags, "--candidates", "5", "--overwrite"])
+    assert len((tmp_path / "all" / "scores-s0" / "scores.jsonl").read_bytes()) < len(before)
+
+
 def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(tmp_path, monkeypatch, capsys, endpoint):
     for key in ("sk-sec\nret", "sk-sec\u00e9ret"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -599,7 +630,10 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
     (("--scorer", "oracle", "--scores", "x"), 2, "--scores"), (("--scores", "nothing.jsonl"), 1, "nothing.jsonl"), (("--lr", "1e30"), 1, "lower --lr"),
     (("--recommender", "autoint", "--dim", "7"), 2, "--dim"), (("--mlp", "0"), 2, "--mlp"), (("--scored-users", "-1"), 2, "--scored-users"),
     (("--ablations", "--recommenders", "dcnv3"), 2, "dcnv3"), (("--ablations", "--lams", "-1"), 2, "--lams"),
-    (("--ablations", "--variants", "truth", "--scorer", "api"), 1, "--variants truth"), (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl")])
+    (("--ablations", "--variants", "truth", "--scorer", "api"), 1, "--variants truth"), (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl"),
+    (("--lams", "0.5"), 2, "--lams goes with --ablations"), (("--dry-run",), 2, "--dry-run"), (("--scores", "x", "--llm-loss", "none"), 2, "takes no --scores"),
+    (("--uncertainty", "dropout", "--dropout", "0"), 2, "--uncertainty"), (("--tune-steps", "5"), 1, "--tune-steps"),
+    (("--candidates", "1", "--pool", "1", "--extra", "0", "--cold-users", "0", "--cold", "0", "--scored-users", "1", "--seed", "6", "--data", "toy:120x100x1300"), 1, "new to them")])
 def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
     with pytest.raises(SystemExit) as stop:
         sllmr.main(sllmr.Args, sllmr.train, sllmr.__doc__, [*SMALL, "--run", str(tmp_path / "r"), *flags])
@@ -775,6 +809,7 @@ def test_the_backbones_score_is_the_probability_of_yes_and_a_single_candidate_is
     monkeypatch.setattr(sllmr, "score_shared", lambda *_: told.append(_[3:]) or [torch.tensor([2.0, -1.0])])
     (u, items, scores), = sllmr.by_backbone(r, {3: [5, 6]})
     assert (u, items) == (3, [5, 6]) and scores == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]) and told == [(yes, no)]
+    assert not list(sllmr.by_backbone(r, {3: [5, 6]}, missing={4: [5]})) and len(told) == 1
 
 
 def test_what_the_llm_is_worth_alone_is_told_of_validation_rows(letters, capsys):
