@@ -136,7 +136,7 @@ class Args:
     lam: float | None = None  # λ (default 1; with --kl paper 0.1, with official the code's 1e-4)
     lam_ramp: float = 0.0  # share of the steps over which λ (and --neg-ce) grows from 0 to its value
     cap: float | None = None  # nats of divergence beyond which more earns nothing
-    # (default: paper 10, official 10000, hinge 4)
+    # (default: paper 10, official 10000, hinge 4; the others have a bound of their own)
     neg_ce: float = 0.0  # weight of eq. 5, the cross-entropy of the flipped answer to the flipped question,
     # in every stage
     ce: Literal["answer", "yes"] = "answer"  # CE of the answer over the vocabulary,
@@ -157,7 +157,7 @@ class Args:
     max_grad_norm: float = 1.0  # gradient clipping
     # -- evaluation
     eval_every: int = 20  # steps
-    patience: int = 10  # evaluations without a better validation AUC
+    patience: int = 10  # evaluations without a better validation AUC (with --keep best)
     keep: Literal["best", "last"] = "best"  # the step with the best validation AUC,
     # or the last (needed where λ grows)
     eval_rows: int = 1000  # validation rows that choose the checkpoint
@@ -179,13 +179,18 @@ class Args:
         if not all(x is None or x > 0
                    for x in (self.cap, self.lr, self.mf_lr, self.map_lr, self.max_grad_norm)):
             raise ValueError("--cap, --lr, --mf-lr, --map-lr and --max-grad-norm must be positive")
-        official = "official" in chosen_variants(self.variants) if self.ablations else self.kl == "official"
-        if official and (self.host == "collm" or self.ce == "yes"):
+        runs = ([VARIANTS[name][0] for name in chosen_variants(self.variants)] if self.ablations else
+                [{"kl": self.kl, "bound": self.bound}])
+        kinds = {run["bound"] if run["kl"] == "bounded" else run["kl"] for run in runs}
+        if "official" in kinds and (self.host == "collm" or self.ce == "yes"):
             raise ValueError("official is the released code's loss: TALLRec's, on the whole row; leave it, "
                              "or --host collm and --ce yes, out")
-        if self.kl == "bounded" and self.bound != "jsd" and self.kl_vocab == "full":
-            raise ValueError(f"--kl-vocab full: {self.bound} compares Yes and No; "
+        if self.kl_vocab == "full" and not kinds & {"paper", "official", "jsd"}:
+            raise ValueError(f"--kl-vocab full: {', '.join(sorted(kinds))} compares Yes and No at most; "
                              "it needs --bound jsd, or --kl paper or official")
+        if self.cap and not kinds & {"paper", "official", "hinge"}:
+            raise ValueError(f"--cap: {', '.join(sorted(kinds))} has a bound of its own or none; "
+                             "it needs --bound hinge, or --kl paper or official")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError("--lora-dropout must be in [0, 1)")
 
@@ -328,6 +333,9 @@ class Rows:
         self.lines = [item_line(t, c) for t, c in zip(data.titles, data.categories)]
         self.user, self.item = data.user.astype(np.int64), data.item.astype(np.int64)
         self.books = (Path(args.data) / "BX-Book-Ratings.csv").exists()
+        if self.books and args.host == "collm":
+            raise UserError(f"--data {args.data}: BookCrossing is split by user, and --host collm knows none of "
+                            "those it is tested on; leave it out")
         self.above = args.like_above if args.like_above is not None else (5.0 if self.books else 3.0)
         self.label = (data.rating > self.above).astype(np.int64)
         self.place = datasets.places(data.user)
@@ -350,11 +358,12 @@ class Rows:
     def split(self, usable):
         """ml100k: the last 10,000 rows, 80/10/10 (as many as TALLRec); ml1m: the last 20 months, 10/5/5
         (CoLLM); BookCrossing, which has no times: the last row of each user with more than 3, 80/10/10 of the
-        users (TALLRec); else 80/10/10 of all rows in time order."""
+        users (TALLRec); else 80/10/10 of all rows in time order, which without times is the order of their
+        places in the histories: validation and test are then of users with long ones."""
         if self.books:
             size = np.diff(self.sequence.offsets)
             last = self.sequence.positions[self.sequence.offsets[1:] - 1][size > 3]
-            last = np.random.default_rng([self.args.seed, 37]).permutation(last)
+            last = np.random.default_rng([self.args.seed, 37]).permutation(last[np.isin(last, usable)])
             return [np.sort(part) for part in np.split(last, [int(0.8 * len(last)), int(0.9 * len(last))])]
         if self.args.data == "ml1m":
             month = self.data.time.astype("datetime64[s]").astype("datetime64[M]").astype(int)[usable]
@@ -552,7 +561,7 @@ def evaluate(host, rows, vectors=False, desc=None):
 
 
 def worst(rows, index, found, most=50):
-    """The contradictions with the surest answers, readable: one dict each."""
+    """The contradictions with the surest answers, readable: one dict each, every answer with its probability."""
     p, n = sigmoid(found["gap"]), sigmoid(found["flipped"])
     same = np.flatnonzero((p > 0.5) == (n > 0.5))
     chosen = same[np.argsort(-np.abs(p + n - 1)[same], kind="stable")][:most]
@@ -563,7 +572,7 @@ def worst(rows, index, found, most=50):
         lines.append({"user": rows.data.users[rows.user[index[k]]], "title": rows.lines[rows.item[index[k]]],
                       "liked": liked, "disliked": disliked,
                       "truth": "like" if rows.label[index[k]] else "dislike",
-                      "asked": {question: f"{word(x[k])} {x[k]:.3f}"
+                      "asked": {question: f"{word(x[k])} {max(x[k], 1 - x[k]):.3f}"
                                 for question, x in zip(FLIPS[rows.args.flip], (p, n))}})
     return lines
 
@@ -662,14 +671,15 @@ def train(args):
         return ablations(args)
     cuda.seed_everything(args.seed)
     device, rows = cuda.pick_device(args.device), Rows(args)
-    run = Run(args, "lcft", rows.data.fingerprint, free=("micro_batch",))
+    run = Run(args, "lcft", rows.data.fingerprint, free=("micro_batch", "eval_batch"))
     if run.done("result"):
         return run.result(run.done("result"))
     host = Host(args, device, rows)
     adapter = lora.parameters(host.model)
     run.header(device=str(device),
                backbone=f"{args.backbone}: {sum(p.numel() for p in host.model.parameters()):,} parameters, "
-                        f"{sum(p.numel() for p in adapter):,} trainable",
+                        f"{sum(p.numel() for p in adapter):,} of an adapter, "
+                        f"{sum(p.numel() for p in host.mapping.parameters()) if host.mapping else 0:,} of a mapping",
                data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
                     f"{len(rows.data.items):,} items",
                rows=f"train / valid / test {rows.sizes()}, likes {rows.label[rows.train].mean():.2f} / "
@@ -742,7 +752,8 @@ def chosen_variants(variants):
     """--variants NAME or NAME:VALUE (none: all of VARIANTS) -> {name: list of values}. Raises ValueError."""
     found = {}
     for name, _, value in (v.partition(":") for v in variants or VARIANTS):
-        if name not in VARIANTS or value and (name == "off" or not re.fullmatch(r"\d+\.?\d*(e-?\d+)?", value)):
+        if name not in VARIANTS or value and (
+                name == "off" or not re.fullmatch(r"\d+\.?\d*(e-?\d{1,2})?", value)):
             raise ValueError(f"--variants {name}{value and ':' + value}: NAME or NAME:VALUE, "
                              f"NAME among {', '.join(VARIANTS)}; off has no value")
         found.setdefault(name, []).extend([float(value)] if value else VARIANTS[name][2])

@@ -381,7 +381,7 @@ def test_the_worst_contradictions_are_the_surest_and_tell_both_answers(folder):
     index = np.array([next(r for r in rows.test[k:] if rows.label[r] == label) for k, label in enumerate((1, 0, 1, 0))])
     lines = lcft.worst(rows, index, {"gap": logit([0.9, 0.6, 0.2, 0.7]), "flipped": logit([0.8, 0.6, 0.3, 0.2])}, most=2)
     assert [x["asked"] for x in lines] == [{"Will the user like it?": "Yes 0.900", "Will the user dislike it?": "Yes 0.800"},
-                                           {"Will the user like it?": "No 0.200", "Will the user dislike it?": "No 0.300"}]
+                                           {"Will the user like it?": "No 0.800", "Will the user dislike it?": "No 0.700"}]
     lines += lcft.worst(rows, index, {"gap": logit([0.1, 0.6, 0.1, 0.1]), "flipped": logit([0.9, 0.6, 0.9, 0.9])})
     for x, k, truth in zip(lines, (0, 2, 1), ("like", "like", "dislike"), strict=True):
         assert x["title"] == rows.lines[rows.item[index[k]]] and x["truth"] == truth and (x["liked"], x["disliked"]) == rows.before(index[k])
@@ -469,6 +469,10 @@ def test_bookcrossing_is_read_and_split_by_user(tmp_path):
     assert [len(p) for p in parts] == [120, 15, 15] and not users[0] & users[1] | users[0] & users[2] | users[1] & users[2]
     assert all(rows.place[r] == (rows.user == rows.user[r]).sum() - 1 for p in parts for r in p)
     assert not np.array_equal(rows.test, lcft.Rows(lcft.Args(data=str(tmp_path), seed=1)).test)
+    longer = lcft.Rows(lcft.Args(data=str(tmp_path), min_history=5))
+    assert len(np.concatenate([longer.train, longer.valid, longer.test])) == 50 and all(longer.place[longer.train] == 5)
+    with pytest.raises(UserError, match="--host collm"):
+        lcft.Rows(lcft.Args(data=str(tmp_path), host="collm"))
 
 
 def test_an_empty_history_and_a_title_of_5000_characters_are_asked_like_any_other(folder, tmp_path):
@@ -531,6 +535,10 @@ def test_settings_that_do_not_go_together_are_refused_in_ablations_too():
     for flags, words in (({"host": "collm", "ablations": True}, "TALLRec's"), ({"kl_vocab": "full"}, "compares Yes and No")):
         with pytest.raises(ValueError, match=words):
             lcft.Args(**flags).check()
+    for changes in ({"cap": 1.0}, {"kl_vocab": "full"}):
+        with pytest.raises(ValueError, match="swap.*needs --bound"):
+            lcft.Args(ablations=True, variants=("off", "swap"), **changes).check()
+        lcft.Args(ablations=True, variants=("off", "swap", "paper"), **changes).check()
     lcft.Args(host="collm", ablations=True, variants=("off", "swap")).check()
 
 
