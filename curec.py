@@ -72,7 +72,7 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit, mean_of
-from common.run import (Run, UserError, at_least, folder_of, main, prefix, progress, strip,
+from common.run import (Run, UserError, at_least, folder_of, is_run, main, prefix, progress, strip,
                         summarise, variant, write_table)
 from common.sequences import Logs, bayes, category_table, popularity
 
@@ -184,14 +184,18 @@ class Args:
             raise ValueError(f"--variants {','.join(sorted(unknown))}: among {','.join(VARIANTS)}")
         if "full" not in self.variants and (heirs := [name for name in self.variants if VARIANTS[name][1]]):
             raise ValueError(f"--variants {','.join(heirs)}: needs full too, whose LLM it takes over")
-        if self.ablations and (not (self.align and self.correct and self.features == "both") or self.categories):
-            raise ValueError("--ablations switches phases and features itself: "
-                             "leave --no-align, --no-correct, --features and --categories out")
+        sets = {name for change, _, _ in VARIANTS.values() for name in change}
+        if self.ablations and (given := [n for n in sorted(sets) if getattr(self, n) != getattr(Args, n)]):
+            raise ValueError(f"--ablations sets --{given[0].replace('_', '-')} itself; leave it out")
         if self.refit and not (self.correct and self.features != "ids"):
             raise ValueError("--refit follows phase 4: it needs texts and correction")
         if self.categories and self.features == "text":
             raise ValueError("--categories needs --features ids or both: with text an item is its reasons alone")
-        if self.recommend and not self.run:
+        if self.features == "ids" and (self.random_reasons or self.texts == "data" or self.history_text):
+            raise ValueError("--random-reasons, --texts data and --history-text mean nothing with --features ids")
+        if (not self.update or self.shuffled_order) and not (self.correct and self.features != "ids"):
+            raise ValueError("--no-update and --shuffled-order are of phase 4: they need texts and correction")
+        if self.recommend is not None and not self.run:
             raise ValueError("--recommend needs --run FOLDER of a finished run")
         if (self.random_reasons or self.texts == "data") and self.correct:
             raise ValueError("--random-reasons and --texts data need --no-correct: phase 4 would write anew")
@@ -936,7 +940,8 @@ def schedule(users, items, size):
     """Batches of event numbers, at most `size` each, in which no user and no item occurs twice.
 
     Every event stands in a later batch than all earlier events of its user and of its item, so it meets exactly the
-    pattern and the reasons that it would meet if the events were taken one by one.
+    pattern and the item's reasons that it would meet if the events were taken one by one (with --history-text and
+    --features text the reasons of past items may be older, or newer).
     Example: schedule([0, 1, 0], [5, 6, 7], 2) -> [[0, 1], [2]]
     """
     batches, last_user, last_item, first_open = [], {}, {}, 0
@@ -1015,6 +1020,7 @@ def correct(args, run, policy, logs, reward_model, texts):
             run.save("correct", prefix("now/", lora.state(policy.model)) | prefix("texts/", texts.tensors())
                      | run.optimizer_tensors(policy.optimizer), {"batch": b + 1} | texts.state())
     texts.check_no_leak(logs)
+    lora.save(policy.model, run.folder / "adapter-corrected", args.backbone)
     run.write_jsonl("texts-corrected", texts.rows(logs.data))
     return text_report(texts, logs) | {"events": len(users), "batches": len(batches)}
 
@@ -1046,7 +1052,7 @@ def train(args, shared=(None, (), ())):
 
     shared: a run folder, the phases that are the same there and taken over, and their files.
     """
-    if args.recommend:
+    if args.recommend is not None:
         return recommend(args)
     if args.ablations:
         cuda.alone("--ablations")
@@ -1058,7 +1064,7 @@ def train(args, shared=(None, (), ())):
     if args.align_prompts % world:
         raise UserError(f"--align-prompts {args.align_prompts} cannot be shared by {world} processes; "
                         "use a multiple")
-    run = Run(args, "curec", logs.data.fingerprint, free=("micro_batch",), rank=rank)
+    run = Run(args, "curec", logs.data.fingerprint, free=("micro_batch", "top"), rank=rank)
     if run.done("result"):
         return {} if rank > 0 else run.result(run.done("result"))
     words = args.features != "ids"
@@ -1070,7 +1076,8 @@ def train(args, shared=(None, (), ())):
                     f"{logs.n_train.sum():,} of them training",
                backbone=f"{args.backbone}: {sum(p.numel() for p in policy.model.parameters()):,} parameters, "
                         f"{trainable:,} trainable" if words else "none (--features ids)",
-               grpo=f"{args.align_steps} steps of {args.align_prompts} prompts x {args.group} completions")
+               **{"grpo": f"{args.align_steps} steps of {args.align_prompts} prompts x {args.group} completions"}
+               if words and args.align else {})
     source, phases, files = shared
     for phase in phases:
         if not run.done(phase):
@@ -1107,6 +1114,7 @@ def train(args, shared=(None, (), ())):
             result["refit"] = run.done("refit")
     run.save("served", model.state_dict() | prefix("texts/", texts.tensors()), texts.state())
     valid, test = (rank_all(args, model, logs, texts, which) for which in ("valid", "test"))
+    run.begin("serve")
     run.log("serve", 1, 1, ms_per_user=test.pop("ms_per_user"))
     valid.pop("ms_per_user")
     result |= {"valid": valid, "test": test, "popularity": popularity(logs)}
@@ -1164,10 +1172,9 @@ def show(result):
 # 9 ------------------------------------------------------------------------------------------ use and compare
 def recommend(args):
     """What one user is shown, from a finished run: titles with the pattern, the reasons and how they were weighed."""
-    path = Path(args.run) / "args.json"
-    if not path.exists() or not (Path(args.run) / "served.safetensors").exists():
+    if not is_run(args.run) or not (Path(args.run) / "served.safetensors").exists():
         raise UserError(f"--run {args.run}: no finished run there; train one first")
-    earlier = json.loads(path.read_text())
+    earlier = json.loads((Path(args.run) / "args.json").read_text())
     names = {f.name for f in dataclasses.fields(Args)}
     old = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in earlier.items() if k in names})
     old = dataclasses.replace(old, data_dir=args.data_dir or old.data_dir, run=args.run, resume=True)
@@ -1176,8 +1183,7 @@ def recommend(args):
         raise UserError(f"--recommend {args.recommend}: no such user; "
                         f"for example {', '.join(logs.data.users[:5])}")
     u = logs.data.users.index(args.recommend)
-    run = Run(dataclasses.replace(old, data_dir=earlier["data_dir"]), "curec", logs.data.fingerprint,
-              free=("micro_batch",))
+    run = Run(old, "curec", logs.data.fingerprint, free=("micro_batch", "top"))
     tensors, state = run.load("served")
     texts = restore_texts(old, logs, device, strip(tensors, "texts/"), state)
     model = RewardModel(old, logs, texts.patterns.shape[1]).to(device).eval()

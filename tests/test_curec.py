@@ -526,7 +526,9 @@ def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_result_to_the_bi
     (["--backbone", "/nowhere"], 1, "cannot be loaded"), (["--recommend", "u1"], 2, "needs --run"),
     (["--random-reasons"], 2, "--no-correct"), (["--categories", "--features", "text"], 2, "--features"), (["--lr", "0"], 2, "--lr"), (["--rm-epochs", "0"], 2, "--rm-epochs"),
     (["--correct-events", "0"], 2, "--correct-events"), (["--heads", "0"], 2, "--heads"), (["--data", "toy", "--min-interactions", "500"], 1, "--min-interactions"),
-    (["--data", "toy", "--negatives", "390"], 1, "--negatives 390"), (["--ablations", "--variants", "w/o update"], 2, "w/o update: needs full too"), (["--variants", "half"], 2, "half: among full,ids only")])
+    (["--data", "toy", "--negatives", "390"], 1, "--negatives 390"), (["--ablations", "--variants", "w/o update"], 2, "w/o update: needs full too"), (["--variants", "half"], 2, "half: among full,ids only"),
+    (["--ablations", "--no-update"], 2, "--update itself"), (["--features", "ids", "--history-text"], 2, "--history-text"), (["--no-correct", "--shuffled-order"], 2, "phase 4"),
+    (["--recommend", ""], 2, "needs --run"), (["--recommend", "", "--run", "nowhere"], 1, "no finished run")])
 def test_a_users_mistake_is_one_clear_line(flags, status, words, tmp_path, capsys, monkeypatch):
     from common.run import main
     monkeypatch.chdir(tmp_path)
