@@ -156,7 +156,7 @@ class Args:
     # or over those of one text
     judge_least: int = 3  # fewest choices to judge a user or a text by
     judge_draws: int = 10  # draws of the negatives that phase 4 judges by, on their mean: one is noisy
-    margin: float = -0.03  # ε of eq. 8, nats (or probability);
+    margin: float = -0.06  # ε of eq. 8, nats (or probability);
     # negative: also those whom the LLM helps by less than that
     adapt: Literal["judged", "all"] = "judged"  # whose texts are read with the adapter:
     # the judged users', or everybody's (always so with --joint)
