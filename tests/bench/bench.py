@@ -30,8 +30,8 @@ ROWS = (   # what is compared, script and flags, how the ratio reads, the bar: a
     ("DIN, full catalogue, vs DeepCTR-Torch", ["din_vs_deepctr.py"], "times faster", 8.0),
     ("DIN, training on rows, vs DeepCTR-Torch", ["ctr_vs_deepctr.py"], "times faster", 3.0),
     ("DeepFM, training on rows, vs DeepCTR-Torch", ["ctr_vs_deepctr.py", "--kind", "deepfm"], "times faster", 3.0),
-    ("DIN, inference on rows, vs DeepCTR-Torch", ["ctr_vs_deepctr.py", "--infer"], "times faster", 8.0),
-    ("DeepFM, inference on rows, vs DeepCTR-Torch", ["ctr_vs_deepctr.py", "--kind", "deepfm", "--infer"], "times faster", 8.0),
+    ("DIN, inference on rows, vs DeepCTR-Torch", ["ctr_vs_deepctr.py", "--infer", "--rows", "102400"], "times faster", 8.0),
+    ("DeepFM, inference on rows, vs DeepCTR-Torch", ["ctr_vs_deepctr.py", "--kind", "deepfm", "--infer", "--rows", "102400"], "times faster", 8.0),
     ("LLM scores, history shared, vs a prompt each", ["llm_scores.py"], "times faster", 5.0),
     ("CoCo, catalogue with knowledge, vs without", ["coco_serving.py"], "times the time", -1.2),
 )
