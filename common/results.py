@@ -37,6 +37,9 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
     ("lcft", "toy-long",
      "--ablations --seeds 0,1,2 --data toy --steps 400 --batch 32 --eval-every 50 --eval-rows 500 "
      "--lora-targets all-linear --lora-rank 16 --keep last --variants off,paper:0.1,swap:1,neg-ce:1", None),
+    ("lcft", "toy-swept",
+     "--ablations --seeds 0,1,2 --data toy --steps 400 --batch 32 --eval-every 50 --eval-rows 500 "
+     "--lora-targets all-linear --lora-rank 16 --keep last --variants off,swap:1,swap:3", None),
     ("lcft", "ml100k-long",
      "--ablations --seeds 0,1,2 --data ml100k --steps 1500 --batch 16 --eval-every 250 --eval-rows 1000 "
      "--prompt-history 3 --lora-targets all-linear --lora-rank 16 --keep last "
@@ -94,9 +97,9 @@ PANELS = (   # of the overview: title, column, table, the row to compare with, {
      {"ids only": "ids only", "categories": "genre and theme", "random reasons": "wrong reasons",
       "w/o correction": "reasons of the aligned LLM", "full": "and corrected", "w/o both": "LLM as it comes"}),
     ("LCFT, toy world:\ncontradictions", "contradiction", "lcft-toy-long", None,
-     {"off": "fine-tuning alone", "paper": "paper", "swap": "bounded", "neg-ce": "control: neg-ce"}),
+     {"off": "fine-tuning alone", "paper": "paper", "swap": "bounded, λ = 1", "neg-ce": "control: neg-ce"}),
     ("LCFT, MovieLens-100K:\ncontradictions", "contradiction", "lcft-ml100k-long", None,
-     {"off": "fine-tuning alone", "swap": "bounded", "neg-ce": "control: neg-ce"}),
+     {"off": "fine-tuning alone", "swap": "bounded, λ = 3", "neg-ce": "control: neg-ce"}),
     ("S-LLMR, toy world, cold users:\nAUC over no LLM", "cold", "sllmr-toy", "none", GATES),
     ("S-LLMR, toy world, neither cold nor tail:\nAUC over no LLM", "dense", "sllmr-toy", "none", GATES),
     ("CoCo, toy world: AUC", "overall", "coco-toy", None,
