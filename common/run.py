@@ -365,7 +365,8 @@ class Run:
                 raise UserError(f"{self.folder} holds a run of {earlier['script']}.py; "
                                 "name another folder with --run")
             # the data may have been moved: their fingerprint says whether they are the same
-            if differ := differences(earlier | {"data_dir": None}, identity | {"data_dir": None}):
+            shaping = lambda d: {k: v for k, v in d.items() if k not in {"data_dir", *free}}
+            if differ := differences(shaping(earlier), shaping(identity)):
                 raise UserError(f"cannot resume {self.folder}, it was started with other settings ({differ})")
         elif self.folder.exists() and any(f.suffix != ".tmp" for f in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no run; name another folder with --run")
