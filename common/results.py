@@ -46,7 +46,8 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--variants off,swap:1,swap:3,neg-ce:1", None),
     ("lcft", "ml100k-follow",
      "--ablations --seeds 0,1,2 --data ml100k --steps 1500 --batch 16 --eval-every 250 --eval-rows 1000 "
-     "--prompt-history 3 --lora-targets all-linear --lora-rank 16 --keep last --variants off,follow:1", None),
+     "--prompt-history 3 --lora-targets all-linear --lora-rank 16 --keep last "
+     "--variants off,follow:1,follow:3", None),
     ("lcft", "ml100k",
      "--ablations --seeds 0,1,2 --data ml100k --steps 400 --batch 16 --eval-every 100 --eval-rows 400 "
      "--prompt-history 3 --lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
