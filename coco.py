@@ -91,8 +91,8 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
-from common.run import (Run, UserError, at_least, folder_of, main, prefix, progress, pyplot, strip,
-                        summarise, variant, write_table)
+from common.run import (Run, UserError, at_least, folder_of, left_to_variants, main, prefix, progress, pyplot,
+                        strip, summarise, variant, write_table)
 from common.sequences import Logs, category_table
 
 
@@ -209,9 +209,7 @@ class Args:
         if phase4 and self.lora_lr == 0 == self.eliminate_lr:
             raise ValueError("--lora-lr 0 and --eliminate-lr 0 leave nothing to learn in phase 4; "
                              "raise one of them, or --judge off")
-        sets = {name for change, _ in VARIANTS.values() for name in change}
-        if self.ablations and (given := [n for n in sorted(sets) if getattr(self, n) != getattr(Args, n)]):
-            raise ValueError(f"--ablations sets --{given[0].replace('_', '-')} itself; leave it out")
+        left_to_variants(self, VARIANTS)
         if not 0 <= self.dropout < 1 or not 0 <= self.decay < 1 or not self.mlp:
             raise ValueError("--dropout and --decay must be in [0, 1), --mlp not empty")
         if unknown := set(self.variants) - set(VARIANTS):

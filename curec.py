@@ -72,8 +72,8 @@ import torch.nn.functional as F
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit, mean_of
-from common.run import (Run, UserError, at_least, folder_of, is_run, main, prefix, progress, strip,
-                        summarise, variant, write_table)
+from common.run import (Run, UserError, at_least, folder_of, is_run, left_to_variants, main, prefix, progress,
+                        strip, summarise, variant, write_table)
 from common.sequences import Logs, bayes, category_table, popularity
 
 
@@ -184,9 +184,7 @@ class Args:
             raise ValueError(f"--variants {','.join(sorted(unknown))}: among {','.join(VARIANTS)}")
         if "full" not in self.variants and (heirs := [name for name in self.variants if VARIANTS[name][1]]):
             raise ValueError(f"--variants {','.join(heirs)}: needs full too, whose LLM it takes over")
-        sets = {name for change, _, _ in VARIANTS.values() for name in change}
-        if self.ablations and (given := [n for n in sorted(sets) if getattr(self, n) != getattr(Args, n)]):
-            raise ValueError(f"--ablations sets --{given[0].replace('_', '-')} itself; leave it out")
+        left_to_variants(self, VARIANTS)
         if self.refit and not (self.correct and self.features != "ids"):
             raise ValueError("--refit follows phase 4: it needs texts and correction")
         if self.categories and self.features == "text":

@@ -676,10 +676,10 @@ def train(args):
         return run.result(run.done("result"))
     host = Host(args, device, rows)
     adapter = lora.parameters(host.model)
+    learned = [*adapter, *(host.mapping.parameters() if host.mapping else ())]
     run.header(device=str(device),
                backbone=f"{args.backbone}: {sum(p.numel() for p in host.model.parameters()):,} parameters, "
-                        f"{sum(p.numel() for p in adapter):,} of an adapter, "
-                        f"{sum(p.numel() for p in host.mapping.parameters()) if host.mapping else 0:,} of a mapping",
+                        f"{sum(p.numel() for p in learned):,} trainable",
                data=f"{rows.data.name} ({rows.data.fingerprint}): {len(rows.data.users):,} users, "
                     f"{len(rows.data.items):,} items",
                rows=f"train / valid / test {rows.sizes()}, likes {rows.label[rows.train].mean():.2f} / "

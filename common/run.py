@@ -159,6 +159,15 @@ def at_least(args, least, names):
                              + (f"be at least {least}" if least else "not be negative"))
 
 
+def left_to_variants(args, variants):
+    """Raise ValueError where --ablations comes with a setting that its variants change. variants: {name: (what
+    changes, ...)}."""
+    names = {name for change, *_ in variants.values() for name in change}
+    for name in sorted(names) if args.ablations else ():
+        if getattr(args, name) != getattr(type(args), name):
+            raise ValueError(f"--ablations sets --{name.replace('_', '-')} itself; leave it out")
+
+
 def main(Args, train, doc, argv=None):
     """Run train(parse(...)). A user's mistake is one line on standard error and status 1, an interrupt status 130."""
     for stream in (sys.stdout, sys.stderr):         # a terminal without λ shows ? instead of a traceback
