@@ -875,15 +875,16 @@ def regulariser(args, model, scored, pick):
 
 
 @torch.no_grad()
-def gate_view(args, model, scored):
-    """alpha of every scored pair, as the model stands: (alpha, cold, tail), each (n,), in the order of
-    scored.known."""
+def gate_view(args, model, scored, every=1):
+    """alpha of the scored pairs of every such user, as the model stands: (alpha, cold, tail), each (n,), in the
+    order of scored.known."""
     model.eval()
     torch.manual_seed(cuda.key_seed(args.seed, "view"))          # of --uncertainty dropout
+    users = torch.arange(0, len(scored.users), every, device=scored.users.device)
     alpha = [alphas(args, model, scored, pick, logits_of(model, scored, pick))[scored.known[pick]]
-             for pick in torch.arange(len(scored.users), device=scored.users.device).split(64)]
-    return tuple(x.cpu().numpy()
-                 for x in (torch.cat(alpha), scored.cold[scored.known], scored.tail[scored.known]))
+             for pick in users.split(64)]
+    known = scored.known[users]
+    return tuple(x.cpu().numpy() for x in (torch.cat(alpha), scored.cold[users][known], scored.tail[users][known]))
 
 
 def gate_map(rows, scored, alpha, bins=5):
@@ -947,7 +948,7 @@ def fit(args, run, rows, scored, vectors):
         now, waited = evaluate_rows(model, rows, rows.valid)["overall"], waited + 1
         alpha = {}
         if used and args.llm_loss == "pairwise" and args.gate not in ("ones", "truth"):
-            a, cold, tail = gate_view(args, model, scored)
+            a, cold, tail = gate_view(args, model, scored, every=-(-len(scored.users) // 500))
             alpha = {f"alpha_{'cold' if c else 'warm'}_{'tail' if t else 'head'}":
                          float(a[(cold == c) & (tail == t)].mean())
                      for c in (0, 1) for t in (0, 1) if ((cold == c) & (tail == t)).any()}

@@ -75,13 +75,13 @@ def test_the_factorisation_machine_is_the_sum_over_pairs():
 def test_the_crossings_equal_deepctr_torchs_on_copied_weights():
     layers = pytest.importorskip("deepctr_torch.layers.interaction")
     torch.manual_seed(0)
-    e, x = torch.randn(300, 5, 8), torch.randn(4, 12)          # CIN takes 128 rows at a time
+    e, x = torch.randn(4, 5, 8), torch.randn(4, 12)
     with torch.no_grad():
         torch.testing.assert_close(FM()(e), layers.FM()(e)[:, 0], atol=1e-5, rtol=1e-5)
-        theirs, ours = layers.CIN(5, (6, 4), activation="relu", split_half=False), CIN(5, (6, 4))
-        for o, t in zip(ours.mix, theirs.conv1ds):
+        theirs, ours = layers.CIN(5, (6, 4), activation="linear", split_half=False), CIN(5, 6, 4)
+        for o, t in zip((ours.first, ours.second), theirs.conv1ds):
             o.weight.copy_(t.weight[..., 0])
-            o.bias.copy_(t.bias)
+            t.bias.zero_()                                     # equation 6 has none
         torch.testing.assert_close(ours(e), theirs(e), atol=1e-5, rtol=1e-5)
         theirs, ours = layers.InteractingLayer(8, 2), InteractingLayer(8, 2)
         for o, t in zip((ours.query, ours.key, ours.value, ours.skip), (theirs.W_Query, theirs.W_key, theirs.W_Value, theirs.W_Res)):
