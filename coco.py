@@ -893,7 +893,7 @@ def eliminate(args, run, model, known, mask):
 def train(args, shared=None):
     """All phases in one run; each is skipped when the run folder says that it is done. Returns the RESULT record.
 
-    shared: a run folder whose phases 1 and 2 are the same, taken over from there.
+    shared: {phase: a run folder in which it is the same}, to be taken over from there.
     """
     cuda.alone("coco.py")
     if args.ablations:
@@ -912,14 +912,15 @@ def train(args, shared=None):
                     f"test {rows.test.shape[1]:,} choices; {len(rows.text_user):,} texts",
                model=f"{sum(p.numel() for p in model.parameters()):,} trained beside {args.backbone}, "
                      f"prompt {args.prompt}")
-    if shared:
-        for phase in ("base", "collaborate"):
-            if not run.done(phase):
-                run.inherit(shared, phase, [f"{phase}.safetensors"])
+    for phase, other in (shared or {}).items():
+        if not run.done(phase):
+            run.inherit(other, phase, [f"{phase}.safetensors"])
     take = lambda name: strip(run.load(name)[0], "best/")
     if not run.done("base"):
         run.finish("base", train_base(args, run, model)[0])
-    model.load_state_dict(strip(take("base"), "model/"))
+    # of phase 1 the recommender alone: the rest may be another variant's, and is as it began
+    model.load_state_dict({name: tensor for name, tensor in strip(take("base"), "model/").items()
+                           if name.startswith(("ctr.", "to_state."))}, strict=False)
     result = {"script": "coco", "data": rows.data.name, "backbone": args.backbone, "prompt": args.prompt,
               "head": args.head, "judge": args.judge if args.prompt != "none" else "off", "seed": args.seed,
               "base": run.done("base")}
@@ -1008,7 +1009,7 @@ def show(result):
 
 
 # 10 ---------------------------------------------------------------------------------------------- compare
-VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the same)
+VARIANTS = {   # name: (what changes, the variant whose phase 2 is the same); of phase 1 see `ablations`
     "no LLM": ({"prompt": "none"}, None),
     "no LLM but categories": ({"prompt": "none", "categories": True}, None),
     "static": ({"prompt": "static", "judge": "off"}, None),
@@ -1034,7 +1035,8 @@ VARIANTS = {   # name: (what changes, the variant whose phases 1 and 2 are the s
 
 def ablations(args):
     """Every variant and seed, one run folder each; one table on test, and (with matplotlib) pilot.png: the gain
-    of every prompt by group of users. The same command again goes on where it stopped."""
+    of every prompt by group of users. Variants whose recommender has the same inputs have phase 1 in common. The
+    same command again goes on where it stopped."""
     root = folder_of(args, "coco", "ablations")
     fields = datasets.load(args.data, args.data_dir, args.max_bad_rows, args.seed).user_fields
     names = [n for n in VARIANTS
@@ -1044,11 +1046,14 @@ def ablations(args):
     found, runs = {name: [] for name in names}, []
     for seed in args.seeds or (args.seed,):
         for name in found:
-            change, base = VARIANTS[name]
+            change, alike = VARIANTS[name]
             folder = lambda n: root / f"s{seed}" / n.replace(" ", "-")
+            first = next(n for n in found if VARIANTS[n][0].get("categories") == change.get("categories"))
+            shared = {"base": folder(first)} if first != name else {}
+            if alike in found:
+                shared["collaborate"] = folder(alike)
             print(f"\n=== {name}, seed {seed}", flush=True)
-            found[name].append(train(variant(args, folder(name), seed=seed, **change),
-                                     folder(base) if base in found else None))
+            found[name].append(train(variant(args, folder(name), seed=seed, **change), shared))
             runs.append(folder(name))
     cells = [c for c in found[names[0]][0]["test"] if c != "log_loss" and "=" not in c]
     columns = {c: lambda r, c=c: r["test"][c] for c in cells} | {

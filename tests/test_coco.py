@@ -813,18 +813,33 @@ def test_the_best_epoch_of_each_phase_goes_on_to_the_next(quick, tmp_path, monke
 def test_each_row_of_the_table_differs_and_takes_over_only_what_it_does_not_change_and_each_seed_is_its_own(tmp_path, monkeypatch, capsys):
     changes = [change for change, _ in coco.VARIANTS.values()]
     assert all(changes.count(change) == 1 for change in changes)
-    for change, base in coco.VARIANTS.values():                  # phases 1 and 2 read none of these
+    # phase 1 reads the categories alone of what they change, phase 2 none of what these do
+    assert {name for change in changes for name in change} == {
+        "prompt", "categories", "judge", "adapt", "eliminate_lr", "lora_lr", "joint", "extract", "match", "vq", "dead", "kmeans"}
+    for change, base in coco.VARIANTS.values():
         assert base is None or set(change) <= {"judge", "adapt", "eliminate_lr", "lora_lr"} and coco.VARIANTS[base] == ({"judge": "off"}, None)
     assert coco.VARIANTS["recommender alone"][0] == coco.VARIANTS["recommender too"][0] | {"lora_lr": 0.0}
     asked = []
 
     def train(args, shared):
-        asked.append((args.seed, args.judge, args.run, shared and str(shared)))
+        asked.append((Path(args.run).relative_to(tmp_path).parts, {k: v.relative_to(tmp_path).parts for k, v in shared.items()}))
         Path(args.run).mkdir(parents=True)
         (Path(args.run) / "header.json").write_text("{}")
         (Path(args.run) / "result.json").write_text(json.dumps({"script": "coco", "test": {"overall": 0.5}}))
         return {"test": {"overall": 0.5}, "ranking": {"ndcg@10": 0.5}}
     monkeypatch.setattr(coco, "train", train)
-    coco.ablations(args("--ablations", "--variants", "codebook,full", "--seeds", "4,5", "--run", str(tmp_path)))
-    of = lambda seed, name: str(tmp_path / f"s{seed}" / name)
-    assert asked == [x for s in (4, 5) for x in ((s, "off", of(s, "codebook"), None), (s, "loss", of(s, "full"), of(s, "codebook")))]
+    coco.ablations(args("--ablations", "--variants", "no LLM but categories,static,codebook,codebook and categories,full",
+                        "--seeds", "4,5", "--run", str(tmp_path)))
+    assert asked == [((seed, name), {phase: (seed, other) for phase, other in shared.items()}) for seed in ("s4", "s5") for name, shared in (
+        ("no-LLM-but-categories", {}), ("static", {}), ("codebook", {"base": "static"}),
+        ("codebook-and-categories", {"base": "no-LLM-but-categories"}), ("full", {"base": "static", "collaborate": "codebook"}))]
+
+
+def test_phase_1_is_the_same_whatever_prompt_follows(quick, tmp_path):
+    for prompt in ("none", "static", "codebook"):
+        coco.train(args("--prompt", prompt, "--judge", "off", "--run", str(tmp_path / prompt)))
+    for other in ("none", "static"):
+        coco.train(args("--prompt", "codebook", "--judge", "off", "--run", str(tmp_path / f"from-{other}")),
+                   {"base": tmp_path / other})
+        own, taken = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("codebook", f"from-{other}"))
+        assert all(own[key] == taken[key] for key in ("base", "valid", "test", "ranking"))
