@@ -199,12 +199,13 @@ def main(Args, train, doc, argv=None):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
         sys.exit(1)
-    except torch.OutOfMemoryError as problem:
-        print(f"error: out of device memory ({str(problem).splitlines()[0]}); lower the batch, the group "
-              "or the token limits, or take a smaller --backbone", file=sys.stderr)
-        sys.exit(1)
-    except MemoryError as problem:
-        print(f"error: out of memory ({problem}); take fewer --users or a smaller world", file=sys.stderr)
+    except (MemoryError, RuntimeError) as problem:
+        # torch says so of a GPU in a class of its own, of a CPU in words
+        if not (isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in str(problem)):
+            raise
+        what = str(problem).split("\n")[0]
+        print(f"error: out of memory ({what}); lower the batch, the group or the token "
+              "limits, or take fewer --users, a smaller world or a smaller --backbone", file=sys.stderr)
         sys.exit(1)
     except SafetensorError as problem:
         print(f"error: a checkpoint could not be written ({str(problem).splitlines()[0]}); "

@@ -113,7 +113,9 @@ def test_who_has_the_bundled_llm_read_other_data_than_its_own_is_told(tmp_path, 
 
 @pytest.mark.parametrize("problem, status, words", [
     (SafetensorError("I/O error: No space left"), 1, "could not be written"), (UserError("file:3: broken"), 1, "error: file:3: broken"), (KeyboardInterrupt(), 130, "--resume"),
-    (OSError(28, "No space left on device", "x"), 1, "No space left"), (torch.OutOfMemoryError("CUDA"), 1, "lower"), (MemoryError("Unable to allocate"), 1, "out of memory")])
+    (OSError(28, "No space left on device", "x"), 1, "No space left"),
+    *((no_memory, 1, "out of memory") for no_memory in (torch.OutOfMemoryError("CUDA"), MemoryError("Unable to allocate"), MemoryError(),
+                                                        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")))])
 def test_a_users_mistake_is_one_line_without_traceback(problem, status, words, capsys):
     def train(args):
         raise problem
@@ -121,6 +123,13 @@ def test_a_users_mistake_is_one_line_without_traceback(problem, status, words, c
         main(Args, train, "", [])
     err = capsys.readouterr().err
     assert stop.value.code == status and words in err and "Traceback" not in err
+
+
+def test_a_mistake_of_ours_is_not_hidden():
+    def train(args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError):
+        main(Args, train, "", [])
 
 
 def test_the_command_can_be_pasted(monkeypatch):
