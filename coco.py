@@ -1072,7 +1072,7 @@ def plot(found, path):
     if (plt := pyplot()) is None or "no LLM" not in found:
         return
     groups = [c for c in found["no LLM"][0]["test"] if c not in ("log_loss", "overall")]
-    others = [name for name in found if name != "no LLM"]
+    others = [name for name in found if VARIANTS[name][0].get("prompt") != "none"]
     figure, axis = plt.subplots(figsize=(max(6, 1.2 * len(groups) + 2), 4))
     for k, name in enumerate(others):
         gain = np.array([[r["test"].get(g, np.nan) - b["test"].get(g, np.nan) for g in groups]

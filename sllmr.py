@@ -69,8 +69,8 @@ DEVIATIONS AND CHOICES
     ones in each epoch, which makes the models better. So does --decay: the learning rate falls to 0, where the
     paper names one rate.
   - A score that the LLM leaves out is unknown and makes no pair; the paper sets it to 0.5.
-  - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts; of an
-    item's categories the first eight.
+  - The click models are the plain ones: no batch normalisation, DCNv2 with a full matrix, no experts, xDeepFM
+    with two layers of 100 maps; of an item's categories the first eight.
 
   python sllmr.py --data toy:3000x400x45000 --cold-users 0.3                # scores from the toy's truth
   python sllmr.py --data amazon-beauty --backbone Qwen/Qwen2.5-3B            # on a GPU

@@ -54,9 +54,9 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
     ("sllmr", "toy",
      "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --redraw --decay "
-     "--lr 2e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 30 --patience 30 --rank-users 100 "
+     "--lr 2e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 20 --patience 20 --rank-users 100 "
      "--margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 --lams 0.1 "
-     "--variants 'none,ones,paper,agreement,no prior' --recommenders deepfm,dcnv2", "dcnv2/gate.png"),
+     "--variants none,ones,paper,agreement --recommenders deepfm,dcnv2,autoint,dcn,din,xdeepfm", "dcnv2/gate.png"),
     ("sllmr", "toy-once",
      "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 "
      "--lr 3e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 30 --patience 4 --rank-users 100 "
@@ -82,7 +82,7 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--ablations --seeds 0,1,2 --data toy:400x1300x8000 --epochs 4 "
      "--variants 'codebook,shared,mixture,mean pool,no match,ste,ema,no reset'", None),
     ("coco", "ml1m",
-     "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --epochs 3 "
+     "--ablations --seeds 0,1,2 --data ml1m --users 200 --text-every 10 --epochs 3 --margin 0 "
      "--variants 'no LLM,no LLM but categories,static,gender,age,codebook,full'", "pilot.png"),
     # last: it stops where wordllama, an optional package, is missing
     ("sllmr", "amazon-beauty-encoder",
@@ -91,16 +91,18 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
 )
 
-GATES = {"mean, ones": "no gate", "mean, paper": "gate as published", "mean, agreement": "agreement",
-         "mean, no prior": "and from nothing"}
-PANELS = (   # of the overview: title, column, table, the row to compare with, {row, without its value: its name there}
+GATES = {"mean, ones": "no gate", "mean, paper": "gate as published", "mean, agreement": "agreement"}
+PANELS = (   # of the overview: title, column, table, the row to compare with, {row, without its value (of another
+    # table, "TABLE: ROW"): its name there}
     ("CURec, toy world: NDCG@10", "NDCG@10", "curec-toy", None,
      {"ids only": "ids only", "categories": "genre and theme", "random reasons": "wrong reasons",
       "w/o correction": "reasons of the aligned LLM", "full": "and corrected", "w/o both": "LLM as it comes"}),
     ("LCFT, toy world:\ncontradictions", "contradiction", "lcft-toy-long", None,
-     {"off": "fine-tuning alone", "paper": "paper", "swap": "bounded, λ = 1", "neg-ce": "control: neg-ce"}),
+     {"off": "fine-tuning alone", "paper": "paper", "lcft-toy-swept: swap": "bounded",
+      "neg-ce": "control: neg-ce"}),
     ("LCFT, MovieLens-100K:\ncontradictions", "contradiction", "lcft-ml100k-long", None,
-     {"off": "fine-tuning alone", "swap": "bounded, λ = 3", "neg-ce": "control: neg-ce"}),
+     {"off": "fine-tuning alone", "swap": "bounded, swap", "lcft-ml100k-follow: follow": "bounded, follow",
+      "neg-ce": "control: neg-ce"}),
     ("S-LLMR, toy world, cold users:\nAUC over no LLM", "cold", "sllmr-toy", "none", GATES),
     ("S-LLMR, toy world, neither cold nor tail:\nAUC over no LLM", "dense", "sllmr-toy", "none", GATES),
     ("CoCo, toy world: AUC", "overall", "coco-toy", None,
@@ -204,12 +206,14 @@ def panels(kept):
     """The PANELS whose tables are in this folder: {title: {name: values by seed}}; rows that are there."""
     found = {}
     for title, column, table, base, names in PANELS:
-        if (kept / f"{table}.json").exists():
-            rows = json.loads((kept / f"{table}.json").read_text(encoding="utf-8"))["ablations"]
-            rows = {bare(row): cells for row, cells in (against(rows, base) if base else rows).items()}
-            found[title] = {name: rows[row][column]["values"] for row, name in names.items()
-                            if "values" in rows.get(row, {}).get(column, {})}
-    return {title: rows for title, rows in found.items() if rows}
+        for row, name in names.items():
+            other, _, row = row.rpartition(": ")
+            if (file := kept / f"{other or table}.json").exists():
+                rows = json.loads(file.read_text(encoding="utf-8"))["ablations"]
+                cells = {bare(r): c for r, c in (against(rows, base) if base else rows).items()}.get(row, {})
+                if "values" in cells.get(column, {}):
+                    found.setdefault(title, {})[name] = cells[column]["values"]
+    return found
 
 
 def overview(found, path):
