@@ -204,15 +204,15 @@ def render(path, chosen=COMMANDS, base=ROOT):
 
 def panels(kept):
     """The PANELS whose tables are in this folder: {title: {name: values by seed}}; rows that are there."""
+    tables = {file.stem: json.loads(file.read_text(encoding="utf-8"))["ablations"] for file in kept.glob("*.json")}
     found = {}
     for title, column, table, base, names in PANELS:
         for row, name in names.items():
             other, _, row = row.rpartition(": ")
-            if (file := kept / f"{other or table}.json").exists():
-                rows = json.loads(file.read_text(encoding="utf-8"))["ablations"]
-                cells = {bare(r): c for r, c in (against(rows, base) if base else rows).items()}.get(row, {})
-                if "values" in cells.get(column, {}):
-                    found.setdefault(title, {})[name] = cells[column]["values"]
+            rows = tables.get(other or table, {})
+            cells = {bare(r): c for r, c in (against(rows, base) if base else rows).items()}.get(row, {})
+            if "values" in cells.get(column, {}):
+                found.setdefault(title, {})[name] = cells[column]["values"]
     return found
 
 

@@ -201,7 +201,7 @@ def main(Args, train, doc, argv=None):
         sys.exit(1)
     except (MemoryError, RuntimeError) as problem:
         # torch says so of a GPU in a class of its own, of a CPU in words
-        if not (isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in str(problem)):
+        if not (isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(problem)):
             raise
         what = str(problem).split("\n")[0]
         print(f"error: out of memory ({what}); lower the batch, the group or the token "
