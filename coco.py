@@ -1059,8 +1059,9 @@ def ablations(args):
     columns = {c: lambda r, c=c: r["test"][c] for c in cells} | {
         "NDCG@10": lambda r: r["ranking"]["ndcg@10"], "codes used": lambda r: r["codes"]["usage"],
         "perplexity": lambda r: r["codes"]["perplexity"], "precision": lambda r: r["judged"]["precision"],
-        "recall": lambda r: r["judged"]["recall"], "LoRA steps": lambda r: r["eliminate"]["steps"]}
-    print(f"\ntest, mean ± std over {len(found[names[0]])} seeds")
+        "recall": lambda r: r["judged"]["recall"], "LoRA steps": lambda r: r["eliminate"]["steps"],
+        "validation": lambda r: r["valid"]["overall"]}
+    print(f"\ntest, mean ± std over {len(found[names[0]])} seeds; validation: AUC, overall")
     table = summarise(found, columns)
     plot(found, root / "pilot.png")
     return write_table(root, args, table, runs)

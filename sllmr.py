@@ -1134,7 +1134,8 @@ def ablations(args):
               f"mean ± std over {len(args.seeds or (0,))} seeds")
         best = {name: max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]]))
                 for name, by_lam in found.items()}
-        columns = {c: lambda r, c=c: r["test"][c] for c in CELLS} | {"gate_auc": lambda r: r["gate_auc"]}
+        columns = {c: lambda r, c=c: r["test"][c] for c in CELLS} | {
+            "gate_auc": lambda r: r["gate_auc"], "validation": lambda r: r["valid"]["overall"]}
         tables |= summarise(
             {f"{recommender}, {name} {lam:g}": found[name][lam] for name, lam in best.items()}, columns)
         plot(root / recommender)

@@ -492,6 +492,7 @@ def test_the_table_of_variants_shares_what_is_the_same(tmp_path, capsys):
     table = json.loads(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("RESULT "))["ablations"]
     assert set(table) == {"no LLM", "codebook", "full"} and "recall" in table["full"] and "codes used" not in table["no LLM"]
     path = tmp_path / "all" / "s0"
+    assert table["full"]["validation"]["mean"] == json.loads((path / "full" / "result.json").read_text())["valid"]["overall"]
     assert (path / "full" / "collaborate.safetensors").read_bytes() == (path / "codebook" / "collaborate.safetensors").read_bytes()
 
 

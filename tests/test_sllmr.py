@@ -647,6 +647,8 @@ def test_the_table_of_all_variants_is_printed_and_the_gates_are_drawn(tmp_path, 
     table = json.loads(out.strip().splitlines()[-1].removeprefix("RESULT "))["ablations"]
     assert {row.split(", ")[1].rpartition(" ")[0] for row in table} == set(sllmr.VARIANTS) and all(row["overall"]["std"] is not None for row in table.values())
     assert (tmp_path / "all" / "scores-s0" / "scores.jsonl").exists() and "mean ± std over 2 seeds" in out
+    valid = [json.loads((tmp_path / "all" / "dcn" / s / "none-0" / "result.json").read_text())["valid"]["overall"] for s in ("s0", "s1")]
+    assert table["dcn, none 0"]["validation"]["values"] == valid
 
 
 def test_the_bins_of_the_gates_map_do_not_overlap():
