@@ -1131,7 +1131,7 @@ def ablations(args):
                     found[name][lam].append(train(now, root / f"scores-s{seed}"))
                     runs.append(folder)
         print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, "
-              f"mean ± std over {len(args.seeds or (0,))} seeds")
+              f"mean ± std over {len(args.seeds or (0,))} seeds; validation: AUC, overall")
         best = {name: max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]]))
                 for name, by_lam in found.items()}
         columns = {c: lambda r, c=c: r["test"][c] for c in CELLS} | {

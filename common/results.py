@@ -23,6 +23,10 @@ from common import metrics
 from common.run import Parser, pyplot, write_atomically
 
 ROOT = Path(__file__).parent.parent
+SLLMR_TOY = (   # of two tables: the same world and training, other scores
+    "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --redraw --decay "
+    "--lr 2e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 20 --patience 20 --rank-users 100 "
+    "--margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400")
 COMMANDS = (   # method, data, flags, the picture that the README shows
     ("curec", "toy", "--ablations --seeds 0,1,2 --data toy", None),
     ("curec", "ml1m",
@@ -53,15 +57,11 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--prompt-history 3 --lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
      "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
     ("sllmr", "toy",
-     "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --redraw --decay "
-     "--lr 2e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 20 --patience 20 --rank-users 100 "
-     "--margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 --lams 0.1 "
-     "--variants none,ones,paper,agreement --recommenders deepfm,dcnv2,autoint,dcn,din,xdeepfm", "dcnv2/gate.png"),
+     f"{SLLMR_TOY} --lams 0.1 --variants none,ones,paper,agreement "
+     "--recommenders deepfm,dcnv2,autoint,dcn,din,xdeepfm", "dcnv2/gate.png"),
     ("sllmr", "toy-60",
-     "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --redraw --decay "
-     "--lr 2e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 20 --patience 20 --rank-users 100 "
-     "--margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400 --candidates 60 --lams 0.03 "
-     "--variants none,ones,agreement --recommenders deepfm,dcnv2,autoint,dcn,din,xdeepfm", None),
+     f"{SLLMR_TOY} --candidates 60 --lams 0.03 --variants none,ones,agreement "
+     "--recommenders deepfm,dcnv2,autoint,dcn,din,xdeepfm", None),
     ("sllmr", "toy-once",
      "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 "
      "--lr 3e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 30 --patience 4 --rank-users 100 "
