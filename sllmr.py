@@ -57,7 +57,8 @@ DEVIATIONS AND CHOICES
     LLM gets extra items).
   - The paper's models read brand and category of Amazon's items. Where a data set comes without, --brand takes
     the first word of the title, which is where shops put the brand.
-  - The paper says full ranking; its figures are those of 1:1 rows. Both are reported.
+  - The paper says full ranking; its figures are those of 1:1 rows. Both are reported; more negatives to a
+    held-out target (--test-negatives) say the same with less noise.
   - KD (--llm-loss kd) is BCE against the LLM's score as a soft label, on what was scored (the paper's KD: of a
     fine-tuned LLM, on the rows), pointwise is the paper's MSE; both use the same scores as the gates. KAR (kar)
     gives the model vectors of the item's text and of the past items' texts as inputs, from --backbone as it is,
@@ -83,6 +84,7 @@ DEVIATIONS AND CHOICES
 
 # 1 ------------------------------------------------------------------------------------------ imports
 import concurrent.futures
+import functools
 import hashlib
 import http.client
 import json
@@ -127,6 +129,8 @@ class Args:
     seeds: tuple[int, ...] = ()  # with --ablations: the seeds to average over (default: --seed alone)
     variants: tuple[str, ...] = ()  # with --ablations: which rows of VARIANTS (default: all)
     lams: tuple[float, ...] = (0.1, 0.3)  # with --ablations: the λ among which validation chooses
+    lrs: tuple[float, ...] = ()  # with --ablations: the learning rates among which validation of the variant
+    # none chooses one for all rows of a click model (default: --lr)
     recommenders: tuple[str, ...] = ()  # with --ablations: the click models to compare
     # (default: --recommender alone)
     # -- data
@@ -203,6 +207,7 @@ class Args:
     decay: bool = False  # the learning rate falls linearly to 0 over --epochs (with a --patience as large);
     # else it stays, as in the paper
     patience: int = 2  # epochs without a better validation AUC
+    test_negatives: int = 1  # per validation or test target, 1 in the paper; more means less noise
     rank_users: int = 500  # users of the full ranking
 
     def check(self):
@@ -227,10 +232,12 @@ class Args:
             raise ValueError("--gate-init takes four numbers: cold, tail, unsure, b")
         if len(self.api_price) != 2:
             raise ValueError("--api-price takes two numbers: dollars per million tokens in, out")
-        if not all(x is None or x > 0 for x in (self.lr, self.tune_lr, self.api_timeout)):
-            raise ValueError("--lr, --tune-lr and --api-timeout must be positive")
+        if not all(x is None or x > 0 for x in (self.lr, *self.lrs, self.tune_lr, self.api_timeout)):
+            raise ValueError("--lr, --lrs, --tune-lr and --api-timeout must be positive")
         if self.lams != Args.lams and not self.ablations:
             raise ValueError("--lams goes with --ablations; --lam sets the one of a single run")
+        if self.lrs and (not self.ablations or self.lr != Args.lr or "none" not in (self.variants or VARIANTS)):
+            raise ValueError("--lrs goes with --ablations and the variant none, which chooses, and without --lr")
         if self.uncertainty == "dropout" and not self.dropout:
             raise ValueError("--uncertainty dropout is nothing with --dropout 0")
         if self.dry_run and self.scorer != "api":
@@ -245,7 +252,7 @@ class Args:
         if self.gate == "normalised" and self.reduction == "sum":
             raise ValueError("--gate normalised is a mean by itself; leave --reduction sum out")
         at_least(self, 1, "dim mlp max_history prompt_history candidates pool pairs pair_users batch epochs "
-                          "patience rank_users api_parallel api_tries")
+                          "patience test_negatives rank_users api_parallel api_tries")
         at_least(self, 0, "lam lams margin gate_lr weight_decay scored_users tune_steps api_pause api_price "
                           "budget budget_weight cold")
         if not self.api_base.startswith(("http://", "https://")):
@@ -254,8 +261,8 @@ class Args:
 
 # 3 ------------------------------------------------------------------------------------------ rows
 class Rows:
-    """Who is asked about what: training targets with one negative each, held-out targets likewise, and which
-    are cold or tail.
+    """Who is asked about what: training targets with one negative each, held-out targets with one or more, and
+    which are cold or tail.
 
     A user's first choice has no history and is no target; the last is test, the one before validation.
     """
@@ -281,15 +288,16 @@ class Rows:
         self.categories = category_table([[*c[:8], *brand] for c, brand in zip(data.categories, brands)])
         seen = {"train": logs.train_keys()}                                               # see DEVIATIONS
         self.train, self.valid, self.test = (
-            self.table(*pairs, cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen.get(name))
+            self.table(*pairs, 1 if name == "train" else args.test_negatives,
+                       cuda.key_seed(args.seed, f"{name} negatives") % 2**31, seen.get(name))
             for name, pairs in zip(("train", "valid", "test"), asked))
 
-    def table(self, users, place, seed, seen):
-        """(4, n) user, place, target, negative: each column stands for two rows. seen: see datasets.negatives."""
-        negative = datasets.negatives(self.data, users, 1, seed, seen)[:, 0]
-        return torch.as_tensor(
-            np.stack([users, place, self.logs.item_at(users, place), negative]).astype(np.int64),
-            device=self.device)
+    def table(self, users, place, many, seed, seen):
+        """(3 + many, n) user, place, target, negatives: each column stands for 1 + many rows. seen: see
+        datasets.negatives."""
+        negatives = datasets.negatives(self.data, users, many, seed, seen)
+        table = np.concatenate([np.stack([users, place, self.logs.item_at(users, place)]), negatives.T])
+        return torch.as_tensor(table.astype(np.int64), device=self.device)
 
     def redraw(self, epoch):
         """New training negatives, a function of (seed, epoch)."""
@@ -408,7 +416,7 @@ def ask(rows, u, items, before=None):
 
 def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
     """A LoRA adapter for the question that will be asked: Yes after a training choice that came next, No after
-    its negative. No held-out choice is ever a Yes; the AUC on some of validation's 1:1 rows is printed."""
+    its negative. No held-out choice is ever a Yes; the AUC on some of validation's rows, 1:1, is printed."""
     args, rng, train = rows.args, np.random.default_rng([rows.args.seed, 79]), rows.train.T.cpu().numpy()
     lora.inject(model, seed=args.seed)
     rate = llm.suited(args.tune_lr, args.backbone, 2e-3, 1e-4)
@@ -427,7 +435,7 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    held = rows.valid[:, :asked].T.tolist()
+    held = rows.valid[:4, :asked].T.tolist()
     parts = [held[k:k + 8] for k in range(0, len(held), 8)]
     print(f"tuned on {args.tune_steps * batch:,} training choices")
     print_auc([gap for part in parts for gap in score_shared(
@@ -460,7 +468,7 @@ def by_encoder(rows, wanted):
     def cosine(u, items, before):
         taste = text[rows.logs.sequence(u)[:before][-rows.args.prompt_history:]].mean(0)
         return text[items] @ taste / np.linalg.norm(taste).clip(1e-9)
-    print_auc([cosine(u, [i, j], place) for u, place, i, j in rows.valid.T.tolist()])
+    print_auc([cosine(u, [i, j], place) for u, place, i, j in rows.valid[:4].T.tolist()])
     usual = np.concatenate([cosine(u, [i, j], place) for u, place, i, j in rows.train[:, :5000].T.tolist()])
     for u in wanted:
         z = (cosine(u, wanted[u], rows.logs.n_train[u]) - usual.mean()) / usual.std().clip(1e-9)
@@ -966,13 +974,14 @@ def fit(args, run, rows, scored, vectors):
 # 8 ------------------------------------------------------------------------------------------ evaluation
 @torch.no_grad()
 def evaluate_rows(model, rows, table):
-    """AUC over 1:1 rows: all; rows of cold users (|H| <= tau and < tau); rows on tail items; dense = neither
-    cold nor tail."""
+    """AUC over targets and their negatives: all; rows of cold users (|H| <= tau and < tau); rows on tail items;
+    dense = neither cold nor tail."""
     model.eval()
     s = torch.cat([model(part[0], part[1], part[2:].T)
                    for part in table.split(4096, 1)]).T.flatten().cpu().numpy()
     table = table.cpu().numpy()
-    user, item, label = np.tile(table[0], 2), table[2:].flatten(), np.arange(len(s)) < len(s) // 2
+    many = len(table) - 2                                        # rows of a column
+    user, item, label = np.tile(table[0], many), table[2:].flatten(), np.arange(len(s)) < table.shape[1]
     cold, tail = rows.cold[user], rows.tail[item]
     cells = {"overall": cold >= 0, "cold": cold, "very_cold": rows.very_cold[user],
              "tail": tail, "dense": ~cold & ~tail}
@@ -1041,7 +1050,7 @@ def train(args, shared=None):
                     f"{len(rows.data.items):,} items",
                rows=f"train {2 * rows.train.shape[1]:,} (of a history of at most {args.cold}: "
                     f"{2 * int((rows.train[1] <= args.cold).sum()):,}), "
-                    f"valid {2 * rows.valid.shape[1]:,}, test {2 * rows.test.shape[1]:,}; "
+                    f"valid {rows.valid[2:].numel():,}, test {rows.test[2:].numel():,}; "
                     f"cold users {rows.cold[rows.logs.held_out].mean():.1%}, tail items {rows.tail.sum():,}")
     scored, vectors = None, text_vectors(rows) if args.llm_loss == "kar" else None
     if args.llm_loss in ("pairwise", "pointwise", "kd"):
@@ -1077,7 +1086,7 @@ def show(result):
     """Print the test figures beside their baselines."""
     gate = f" with gate {result['gate']}" if result["llm_loss"] == "pairwise" else ""
     print(f"\n{result['recommender']}, LLM scores: {result['llm_loss']}{gate}")
-    print(f"{'test':12}{'AUC, 1:1 rows':>16}{'AUC, full ranking':>20}{'NDCG@10':>10}")
+    print(f"{'test':12}{'AUC, rows':>16}{'AUC, full ranking':>20}{'NDCG@10':>10}")
     for cell in ("overall", "cold", "very_cold", "tail", "dense"):
         ranked = result["ranking"].get(cell, {})
         if cell in result["test"]:
@@ -1107,9 +1116,9 @@ CELLS = ("overall", "cold", "very_cold", "tail", "dense")
 
 
 def ablations(args):
-    """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC; one table per model
-    on test, and (with matplotlib) gate.png: alpha per cell over the epochs. The same command again goes on
-    where it stopped."""
+    """Every model, variant, lambda and seed, one run folder each; lambda by validation AUC, with --lrs the
+    learning rate by that of "none"; one table per model on test, and (with matplotlib) gate.png: alpha per cell
+    over the epochs. The same command again goes on where it stopped."""
     root = folder_of(args, "sllmr", "ablations")
     told = args.data.split(":")[0] == "toy" and not args.scores and args.scorer in ("auto", "oracle")
     known = [name for name in VARIANTS if name != "truth" or told]
@@ -1119,26 +1128,32 @@ def ablations(args):
     for seed in (args.seeds or (args.seed,)) if args.overwrite else ():
         shutil.rmtree(root / f"scores-s{seed}", ignore_errors=True)
     tables, runs = {}, []   # {recommender, variant, lambda: its row}
+    best = lambda found: max(found, key=lambda k: np.mean([r["valid"]["overall"] for r in found[k]]))
     for recommender in args.recommenders or (args.recommender,):
-        found = {name: {lam: [] for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)}
-                 for name in args.variants or known}
-        for seed in args.seeds or (args.seed,):
-            for name, by_lam in found.items():
-                for lam in by_lam:
-                    folder = root / recommender / f"s{seed}" / f"{name}-{lam:g}"
-                    print(f"\n=== {recommender}, {name}, lambda {lam:g}, seed {seed}", flush=True)
-                    now = variant(args, folder, recommender=recommender, seed=seed, lam=lam, **VARIANTS[name])
-                    found[name][lam].append(train(now, root / f"scores-s{seed}"))
-                    runs.append(folder)
-        print(f"\n{recommender}: AUC on 1:1 test rows, lambda by validation, "
-              f"mean ± std over {len(args.seeds or (0,))} seeds; validation: AUC, overall")
-        best = {name: max(by_lam, key=lambda k: np.mean([r["valid"]["overall"] for r in by_lam[k]]))
-                for name, by_lam in found.items()}
+        place = lambda lr: root / (f"{recommender}-{lr:g}" if args.lrs else recommender)
+
+        @functools.cache
+        def records(name, lam, lr):
+            """Of every seed."""
+            found = []
+            for seed in args.seeds or (args.seed,):
+                print(f"\n=== {recommender}, {name}, lambda {lam:g}, rate {lr:g}, seed {seed}", flush=True)
+                runs.append(place(lr) / f"s{seed}" / f"{name}-{lam:g}")
+                now = variant(args, runs[-1], recommender=recommender, seed=seed, lam=lam, lr=lr, **VARIANTS[name])
+                found.append(train(now, root / f"scores-s{seed}"))
+            return found
+        lr = best({lr: records("none", 0.0, lr) for lr in args.lrs}) if args.lrs else args.lr
         columns = {c: lambda r, c=c: r["test"][c] for c in CELLS} | {
             "gate_auc": lambda r: r["gate_auc"], "validation": lambda r: r["valid"]["overall"]}
-        tables |= summarise(
-            {f"{recommender}, {name} {lam:g}": found[name][lam] for name, lam in best.items()}, columns)
-        plot(root / recommender)
+        rows = {}
+        for name in args.variants or known:
+            found = {lam: records(name, lam, lr) for lam in ((0.0,) if name in WITHOUT_LAMBDA else args.lams)}
+            lam = best(found)
+            rows[f"{recommender}{f' ({lr:g})' if args.lrs else ''}, {name} {lam:g}"] = found[lam]
+        print(f"\n{recommender}, learning rate {lr:g}: AUC on 1:{args.test_negatives} test rows, lambda by "
+              f"validation, mean ± std over {len(args.seeds or (0,))} seeds; validation: AUC, overall")
+        tables |= summarise(rows, columns)
+        plot(place(lr))
     return write_table(root, args, tables, runs)
 
 

@@ -281,7 +281,7 @@ def variant(args, folder, **changes):
     """The settings of one run of an ablation: args with changes, in a folder of its own, gone on with where it
     has begun."""
     alone = {f.name: f.default for f in dataclasses.fields(args)
-             if f.name in ("ablations", "variants", "seeds", "recommenders", "lams")}
+             if f.name in ("ablations", "variants", "seeds", "recommenders", "lams", "lrs")}
     begun = (folder / "args.json").exists() and not args.overwrite
     return dataclasses.replace(args, run=str(folder), resume=begun, **alone | changes)
 

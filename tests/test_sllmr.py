@@ -533,8 +533,9 @@ def test_a_dry_run_costs_nothing_and_writes_nothing(endpoint, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------- what is reported
-def test_both_evaluations_by_hand_on_every_cell():
-    r = rows(rank_users=10**6)
+@pytest.mark.parametrize("many", [1, 3])
+def test_both_evaluations_by_hand_on_every_cell(many):
+    r = rows(rank_users=10**6, test_negatives=many)
     n, guess = len(r.data.items), np.random.default_rng(0).random((len(r.data.users), len(r.data.items)))
     asked = []
 
@@ -550,10 +551,11 @@ def test_both_evaluations_by_hand_on_every_cell():
     cells = {"overall": lambda u, i: True, "cold": lambda u, i: targets[u] <= 3, "very_cold": lambda u, i: targets[u] < 3,
              "tail": lambda u, i: i in tail, "dense": lambda u, i: targets[u] > 3 and i not in tail}
 
-    found, negative = sllmr.evaluate_rows(model, r, r.test), dict(zip(r.test[0].tolist(), r.test[3].tolist()))
+    found, negative = sllmr.evaluate_rows(model, r, r.test), dict(zip(r.test[0].tolist(), r.test[3:].T.tolist()))
+    assert len(r.train) == 4 and {len(items) for items in negative.values()} == {many}
     for cell, inside in cells.items():
         yes = [guess[u, sequences[u][-1]] for u in judged if inside(u, sequences[u][-1])]
-        no = [guess[u, negative[u]] for u in judged if inside(u, negative[u])]
+        no = [guess[u, i] for u in judged for i in negative[u] if inside(u, i)]
         assert found[cell] == pytest.approx(np.mean([a > b for a in yes for b in no]), abs=1e-6)
     asked.clear()
     found = sllmr.evaluate_ranking(model, r)
@@ -631,7 +633,8 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
     (("--recommender", "autoint", "--dim", "7"), 2, "--dim"), (("--mlp", "0"), 2, "--mlp"), (("--scored-users", "-1"), 2, "--scored-users"),
     (("--ablations", "--recommenders", "dcnv3"), 2, "dcnv3"), (("--ablations", "--lams", "-1"), 2, "--lams"),
     (("--ablations", "--variants", "truth", "--scorer", "api"), 1, "--variants truth"), (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl"),
-    (("--lams", "0.5"), 2, "--lams goes with --ablations"), (("--dry-run",), 2, "--dry-run"), (("--scores", "x", "--llm-loss", "none"), 2, "takes no --scores"),
+    (("--lams", "0.5"), 2, "--lams goes with --ablations"), (("--lrs", "0.5"), 2, "--lrs goes with --ablations"), (("--ablations", "--lrs", "0.5", "--variants", "KD"), 2, "the variant none"),
+    (("--ablations", "--lrs", "0.5", "--lr", "0.1"), 2, "without --lr"), (("--test-negatives", "0"), 2, "--test-negatives"), (("--dry-run",), 2, "--dry-run"), (("--scores", "x", "--llm-loss", "none"), 2, "takes no --scores"),
     (("--uncertainty", "dropout", "--dropout", "0"), 2, "--uncertainty"), (("--tune-steps", "5"), 1, "--tune-steps"),
     (("--candidates", "1", "--pool", "1", "--extra", "0", "--cold-users", "0", "--cold", "0", "--scored-users", "1", "--seed", "6", "--data", "toy:120x100x1300"), 1, "new to them")])
 def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
@@ -747,6 +750,25 @@ def test_lambda_is_chosen_by_validation(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sllmr, "train", train)
     table = sllmr.ablations(sllmr.Args(data=TOY, ablations=True, variants=("KD",), lams=(0.1, 0.3), run=str(tmp_path / "a")))
     assert set(table) == {"dcnv2, KD 0.3"}
+
+
+def test_of_several_learning_rates_validation_of_none_chooses_one_for_every_row(tmp_path, monkeypatch):
+    """KD would like the larger one better."""
+    seen = []
+
+    def train(args, shared):
+        path = Path(args.run)
+        path.mkdir(parents=True)
+        (path / "header.json").write_text("{}")
+        seen.append((args.llm_loss, args.lr, args.seed))
+        valid = 1 - args.lr if args.llm_loss == "none" else args.lr
+        record = {"script": "sllmr", "valid": {"overall": valid}, "test": {"overall": args.lr}}
+        (path / "result.json").write_text(json.dumps(record))
+        return record
+    monkeypatch.setattr(sllmr, "train", train)
+    table = sllmr.ablations(sllmr.Args(data=TOY, ablations=True, variants=("none", "KD"), lams=(0.3,), lrs=(0.02, 0.01), seeds=(4, 5), run=str(tmp_path / "a")))
+    assert set(table) == {"dcnv2 (0.01), none 0", "dcnv2 (0.01), KD 0.3"}
+    assert seen == [("none", 0.02, 4), ("none", 0.02, 5), ("none", 0.01, 4), ("none", 0.01, 5), ("kd", 0.01, 4), ("kd", 0.01, 5)]
 
 
 # ------------------------------------------------------------------------------------------- what a run is made of
@@ -1012,4 +1034,4 @@ def test_each_row_of_the_table_is_what_its_name_says_and_each_seed_its_own(tmp_p
         return {"valid": {"overall": 0.5}, "test": {"overall": 0.5}}
     monkeypatch.setattr(sllmr, "train", train)
     sllmr.ablations(sllmr.Args(data=TOY, ablations=True, variants=("none", "KD"), lams=(0.3,), seeds=(4, 5), run=str(tmp_path / "a")))
-    assert asked == [(seed, how, lam, f"s{seed}", f"scores-s{seed}") for seed in (4, 5) for how, lam in (("none", 0.0), ("kd", 0.3))]
+    assert asked == [(seed, how, lam, f"s{seed}", f"scores-s{seed}") for how, lam in (("none", 0.0), ("kd", 0.3)) for seed in (4, 5)]
