@@ -204,7 +204,8 @@ class Args:
             raise ValueError(f"--prompt {self.prompt} chooses no code, so that --vq {self.vq} and "
                              f"--levels {self.levels} mean nothing there; leave them out")
         phase4 = not self.joint and self.judge != "off" and self.prompt != "none"
-        if self.align and (not phase4 or "joint" in self.variants):
+        joint = self.ablations and "joint" in (self.variants or VARIANTS)
+        if self.align and (not phase4 or joint):
             raise ValueError("--align is a term of phase 4, and --joint, --judge off and --prompt none have none")
         if phase4 and self.lora_lr == 0 == self.eliminate_lr:
             raise ValueError("--lora-lr 0 and --eliminate-lr 0 leave nothing to learn in phase 4; "
@@ -620,14 +621,27 @@ def contradicted(args, model, texts, known, draws=0):
     return ((total / count.clamp(min=1) > args.margin) & (count >= args.judge_least))[unit]
 
 
-def judge_report(rows, users, truth):
-    """Precision and recall of judged users (n_users,) bool against the toy world's misled ones, among those
-    with training choices."""
-    there = np.bincount(rows.train[0].cpu().numpy(), minlength=len(users)) > 0
+def users_of(rows, texts):
+    """(n_users,) bool: whose texts these are."""
+    users = np.zeros(len(rows.data.users), dtype=bool)
+    users[rows.text_user[texts].cpu().numpy()] = True
+    return users
+
+
+def judge_report(rows, texts, known, judged):
+    """The share of texts (T,) that are judged, (T,) bool, the mean length of their knowledge (T, D) and of the
+    others'; on the toy world the judge's precision and recall: judged against misled users, among those with
+    training choices."""
+    size, mean = known.norm(dim=1), lambda x: round(float(x.sum() / max(len(x), 1)), 4)
+    report = {"texts": round(float(judged.float().mean()), 4), "knowledge": mean(size[judged]),
+              "knowledge_others": mean(size[~judged])}
+    if (truth := misled(rows)) is None:
+        return report
+    users, there = users_of(rows, texts[judged]), users_of(rows, texts)
     hit = (users & truth & there).sum()
-    return {"judged": round(float(users[there].mean()), 4),
-            "precision": round(float(hit / max(users[there].sum(), 1)), 4),
-            "recall": round(float(hit / max(truth[there].sum(), 1)), 4)}
+    return report | {"judged": round(float(users[there].mean()), 4),
+                     "precision": round(float(hit / max(users[there].sum(), 1)), 4),
+                     "recall": round(float(hit / max(truth[there].sum(), 1)), 4)}
 
 
 def misled(rows):
@@ -935,17 +949,16 @@ def train(args, shared=None):
         result["collaborate"] = run.done("collaborate")
         if args.judge != "off" and not args.joint:
             texts = torch.as_tensor(rows.train_texts, device=device)
-            before = knowledge(model, texts, "reading all texts")
-            mask = contradicted(args, model, texts, before, args.judge_draws)
-            users = np.zeros(len(rows.data.users), dtype=bool)
-            users[rows.text_user[texts[mask]].cpu().numpy()] = True
-            size, mean = before.norm(dim=1), lambda x: round(float(x.sum() / max(len(x), 1)), 4)
-            result["judged"] = {"texts": round(float(mask.float().mean()), 4), "knowledge": mean(size[mask]),
-                                "knowledge_others": mean(size[~mask])}
+            if not run.done("judge"):
+                before = knowledge(model, texts, "reading all texts")
+                mask = contradicted(args, model, texts, before, args.judge_draws)
+                run.save("judge", {"known": before, "judged": mask}, {})
+                run.finish("judge", judge_report(rows, texts, before, mask))
+            kept = run.load("judge")[0]
+            before, mask = kept["known"].to(device), kept["judged"].to(device)
             if args.adapt == "judged" and args.judge != "all":
-                model.adapted = torch.as_tensor(users, device=device)
-            if misled(rows) is not None:
-                result["judged"] |= judge_report(rows, users, misled(rows))
+                model.adapted = torch.as_tensor(users_of(rows, texts[mask]), device=device)
+            result["judged"] = run.done("judge")
             if not run.done("eliminate"):
                 if mask.any():
                     record, seconds = eliminate(args, run, model, before, mask)
@@ -958,7 +971,7 @@ def train(args, shared=None):
                 model.load_state_dict(strip(best, "model/"))
                 lora.load_state(model.llm, strip(best, "lora/"))
             result["eliminate"] = run.done("eliminate")
-        if args.joint or args.judge != "off":
+        if (args.joint or args.judge != "off") and args.lora_lr != 0:
             lora.save(model.llm, run.folder / "adapter", args.backbone)
         store = Store(run, model)
         (known_valid, _), (known, _) = (store.get(table[2], "writing knowledge down")
@@ -1023,7 +1036,6 @@ VARIANTS = {   # name: (what changes, the variant whose phase 2 is the same); of
     "adapt all": ({"adapt": "all"}, "codebook"),
     "judge all": ({"judge": "all"}, "codebook"),
     "recommender too": ({"eliminate_lr": 3e-4}, "codebook"),
-    "recommender alone": ({"eliminate_lr": 3e-4, "lora_lr": 0.0}, "codebook"),
     "joint": ({"joint": True}, None),
     "mean pool": ({"extract": "mean", "judge": "off"}, None),
     "no match": ({"match": False, "judge": "off"}, None),

@@ -435,10 +435,11 @@ def test_only_judged_users_are_read_with_the_adapter(tmp_path):
 
 def test_the_judge_is_measured_against_the_truth():
     _, rows, _ = built()
-    truth = coco.misled(rows)
-    report = coco.judge_report(rows, truth, truth)
-    assert report["precision"] == report["recall"] == 1.0
-    assert coco.judge_report(rows, ~truth, truth)["recall"] == 0.0
+    texts = torch.as_tensor(rows.train_texts)
+    right = torch.as_tensor(coco.misled(rows)[rows.text_user[texts].numpy()])
+    report = coco.judge_report(rows, texts, torch.ones(len(texts), 4), right)
+    assert report["precision"] == report["recall"] == 1.0 and report["knowledge"] == report["knowledge_others"] == 2.0
+    assert coco.judge_report(rows, texts, torch.ones(len(texts), 4), ~right)["recall"] == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------- serving
@@ -711,9 +712,14 @@ def test_the_judges_margin_is_that_of_one_choice_however_many_draws_and_it_leave
 
 
 def test_the_judges_report_by_hand_of_users_whom_it_could_judge_and_whom_a_filter_left():
-    rows = types.SimpleNamespace(train=torch.tensor([[0, 0, 1, 2, 3]]))                      # user 4 has no training choice
-    judged, truth = np.array([1, 1, 0, 0, 1]) > 0, np.array([1, 0, 1, 1, 1]) > 0
-    assert coco.judge_report(rows, judged, truth) == {"judged": 0.5, "precision": 0.5, "recall": 0.3333}
+    world = types.SimpleNamespace(misled=np.array([1, 0, 1, 1, 1]) > 0)
+    rows = types.SimpleNamespace(text_user=torch.tensor([4, 0, 0, 1, 2, 3]), data=types.SimpleNamespace(users=[f"u{k}" for k in range(5)], world=world))
+    texts = torch.tensor([1, 2, 3, 4, 5])                                                    # user 4 has no training choice
+    known, judged = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 1.0], [6.0, 8.0], [0.0, 4.0]]), torch.tensor([1, 0, 1, 0, 0]) > 0
+    report = {"texts": 0.4, "knowledge": 3.0, "knowledge_others": 5.0}
+    assert coco.judge_report(rows, texts, known, judged) == report | {"judged": 0.5, "precision": 0.5, "recall": 0.3333}
+    rows.data.world = None
+    assert coco.judge_report(rows, texts, known, judged) == report
     world = types.SimpleNamespace(misled=np.array([False, True, True]))
     assert coco.misled(types.SimpleNamespace(data=types.SimpleNamespace(users=["u2", "u0"], world=world))).tolist() == [True, False]
 
@@ -798,7 +804,8 @@ def test_everything_is_judged_as_it_is_served_also_by_a_run_resumed_after_phase_
     phases.write_text(json.dumps({k: v for k, v in json.loads(phases.read_text()).items() if k != "result"}))
     (tmp_path / "r" / "knowledge.safetensors").unlink()
     again = coco.train(dataclasses.replace(a, resume=True))
-    assert torch.equal(seen[-2][2], test) and again["test"] == result["test"]
+    assert torch.equal(seen[-2][2], test) and again["test"] == result["test"] and again["judged"] == result["judged"]
+    assert asked == [7]                                          # the judgement is kept: no text is read for it again
 
 
 def test_the_best_epoch_of_each_phase_goes_on_to_the_next(quick, tmp_path, monkeypatch, capsys):
@@ -816,10 +823,9 @@ def test_each_row_of_the_table_differs_and_takes_over_only_what_it_does_not_chan
     assert all(changes.count(change) == 1 for change in changes)
     # phase 1 reads the categories alone of what they change, phase 2 none of what these do
     assert {name for change in changes for name in change} == {
-        "prompt", "categories", "judge", "adapt", "eliminate_lr", "lora_lr", "joint", "extract", "match", "vq", "dead", "kmeans"}
+        "prompt", "categories", "judge", "adapt", "eliminate_lr", "joint", "extract", "match", "vq", "dead", "kmeans"}
     for change, base in coco.VARIANTS.values():
-        assert base is None or set(change) <= {"judge", "adapt", "eliminate_lr", "lora_lr"} and coco.VARIANTS[base] == ({"judge": "off"}, None)
-    assert coco.VARIANTS["recommender alone"][0] == coco.VARIANTS["recommender too"][0] | {"lora_lr": 0.0}
+        assert base is None or set(change) <= {"judge", "adapt", "eliminate_lr"} and coco.VARIANTS[base] == ({"judge": "off"}, None)
     asked = []
 
     def train(args, shared):
