@@ -90,7 +90,6 @@ import http.client
 import json
 import math
 import os
-import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -249,8 +248,9 @@ class Args:
         if self.scores and self.scorer not in ("auto", "file"):
             raise ValueError(f"--scores is a file of scores, and --scorer {self.scorer} makes its own; "
                              "leave one of them out")
-        if self.gate == "normalised" and self.reduction == "sum":
-            raise ValueError("--gate normalised is a mean by itself; leave --reduction sum out")
+        gates = (self.variants or VARIANTS) if self.ablations else (self.gate,)
+        if "normalised" in gates and self.reduction == "sum":
+            raise ValueError("the gate normalised is a mean by itself; leave --reduction sum out")
         at_least(self, 1, "dim mlp max_history prompt_history candidates pool pairs pair_users batch epochs "
                           "patience test_negatives rank_users api_parallel api_tries")
         at_least(self, 0, "lam lams margin gate_lr weight_decay scored_users tune_steps api_pause api_price "
@@ -547,16 +547,20 @@ def parse_scores(text, n, some=False):
     return [scores.get(k) for k in range(1, n + 1)]
 
 
-def by_api(rows, wanted):
-    """Scores from an OpenAI-compatible endpoint, in whatever order they arrive; None for what the LLM would not
-    score in any try. UserError once the server has failed for good, or nobody has got a usable answer."""
-    args, key = rows.args, os.environ.get("OPENAI_API_KEY", "").strip()
+def api_key():
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
         raise UserError("--scorer api: set OPENAI_API_KEY (any word if your server wants none)")
     if not (key.isascii() and key.isprintable()):                # http.client would quote it in its error
         raise UserError("--scorer api: OPENAI_API_KEY holds characters that no key has, "
                         "such as a line break; set it anew")
+    return key
 
+
+def by_api(rows, wanted):
+    """Scores from an OpenAI-compatible endpoint, in whatever order they arrive; None for what the LLM would not
+    score in any try. UserError once the server has failed for good, or nobody has got a usable answer."""
+    args, key = rows.args, api_key()
     usable, stop = [], threading.Event()                         # users with an answer; no more tries
 
     def one(u):
@@ -639,15 +643,31 @@ def read_scores(path, data):
     return table
 
 
+REMADE = set()   # folders whose scores are of this process: --overwrite is for earlier ones
+
+
 def score(args, folder, rows):
     """Phase 1 -> {(user, item): score}. Every user's answers are appended at once: what was paid for is never
     asked again."""
-    kind = scorer(args, rows)
+    kind, data = scorer(args, rows), rows.data
     if kind == "file":
-        return read_scores(Path(args.scores), rows.data)
+        made = Path(args.scores).with_name("scores-args.json")
+        if made.exists() and json.loads(made.read_text()).get("data") != data.fingerprint:
+            if data.world is not None:                           # its ids are those of every toy world
+                raise UserError(f"--scores {args.scores}: made for another toy world, or another --seed; "
+                                "leave it out")
+            print("the scores were made for other users, items or choices; those that are here are taken",
+                  flush=True)
+        return read_scores(Path(args.scores), data)
     folder.mkdir(parents=True, exist_ok=True)
-    path, wanted, data = folder / "scores.jsonl", candidates(rows), rows.data
+    path, wanted = folder / "scores.jsonl", candidates(rows)
     settings, made = made_by(args, kind, data), folder / "scores-args.json"
+    if kind == "api":
+        api_key()
+    if args.overwrite and folder not in REMADE:
+        path.unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
+    REMADE.add(folder)
     earlier = json.loads(made.read_text()) if made.exists() else settings
     if differ := differences(earlier, settings):
         raise UserError(f"{folder} holds scores that were made with other settings ({differ}); "
@@ -992,7 +1012,7 @@ def evaluate_rows(model, rows, table):
 @torch.no_grad()
 def evaluate_ranking(model, rows):
     """Full ranking of the test target among all items that the user has not had before: mean AUC and NDCG@10,
-    per cell."""
+    per cell. A tie is lost."""
     model.eval()
     logs, n = rows.logs, len(rows.data.items)
     users = logs.held_out
@@ -1039,6 +1059,9 @@ def train(args, shared=None):
     if args.scores:
         if not Path(args.scores).is_file():
             raise UserError(f"--scores {args.scores}: no such file")
+        folder = folder_of(args, "sllmr", f"s{args.seed}").resolve()
+        if args.overwrite and folder in Path(args.scores).resolve().parents:
+            raise UserError(f"--scores {args.scores}: of the run that --overwrite removes; name another --run")
         fingerprint += "-" + hashlib.sha256(Path(args.scores).read_bytes()).hexdigest()[:12]
     run = Run(args, "sllmr", fingerprint,
               free=("api_parallel", "api_tries", "api_pause", "api_timeout", "api_price"))
@@ -1125,8 +1148,7 @@ def ablations(args):
     if "truth" in args.variants and "truth" not in known:
         raise UserError("--variants truth: where scores are right is only known of the toy world's own "
                         "(--scorer oracle)")
-    for seed in (args.seeds or (args.seed,)) if args.overwrite else ():
-        shutil.rmtree(root / f"scores-s{seed}", ignore_errors=True)
+    REMADE.clear()
     tables, runs = {}, []   # {recommender, variant, lambda: its row}
     best = lambda found: max(found, key=lambda k: np.mean([r["valid"]["overall"] for r in found[k]]))
     for recommender in args.recommenders or (args.recommender,):
@@ -1165,7 +1187,8 @@ def plot(folder):
     # s2/paper-0.1/metrics.jsonl -> (2, 0.1)
     number = lambda file: (int(file.parent.parent.name[1:]), float(file.parent.name.partition("-")[2]))
     runs = {gate: max(found, key=number) for gate in ("paper", "normalised", "budget", "agreement")
-            if (found := list(folder.glob(f"s*/{gate}-*/metrics.jsonl")))}
+            if (found := [file for file in folder.glob(f"s*/{gate}-*/metrics.jsonl")
+                          if file.parent.suffix != ".replaced"])}
     if not runs:
         return
     figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3.5), sharey=True, squeeze=False)

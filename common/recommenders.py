@@ -146,8 +146,8 @@ class CTR(nn.Module):
     user, item, the past items, and where items have categories these of the item and of the past (5 fields,
     else 3).
 
-    kind: deepfm, xdeepfm, autoint, dcn, dcnv2, din. They differ in the crossing alone, and DIN in the past: it weighs
-    past items by the candidate, all others take their mean. categories (n_items + 1, K): those of each shifted
+    kind: deepfm, xdeepfm, autoint, dcn, dcnv2, din. They differ in the crossing and the first order, and DIN in the
+    past: it weighs past items by the candidate, all others take their mean. categories (n_items + 1, K): those of each shifted
     item, 0 = none; an item has their mean. extra: width of further inputs of the MLP (KAR's vectors).
     """
 

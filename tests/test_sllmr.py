@@ -460,8 +460,21 @@ def test_another_file_of_scores_is_no_resume_and_an_ablation_overwrites_its_scor
     flags = ("--ablations", "--variants", "ones", "--lams", "0.1", "--run", str(tmp_path / "all"))
     sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, *flags])
     before = (tmp_path / "all" / "scores-s0" / "scores.jsonl").read_bytes()
+    for wrong in (("--data", "toy:1x1x1"), ("--scorer", "api")):                              # what is wrong costs no scores
+        fails(*flags, *wrong, "--overwrite")
+        assert (tmp_path / "all" / "scores-s0" / "scores.jsonl").read_bytes() == before
+    flags = (*flags, "--variants", "ones,agreement")                                         # the second takes the first one's
     sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, *flags, "--candidates", "5", "--overwrite"])
     assert len((tmp_path / "all" / "scores-s0" / "scores.jsonl").read_bytes()) < len(before)
+
+
+def test_scores_of_another_toy_world_or_of_the_run_that_is_to_go_are_refused(tmp_path, capsys):
+    sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, "--run", str(tmp_path / "r")])
+    for run, flags, message in (("b", ("--seed", "1"), "another toy world"), ("r", ("--overwrite",), "of the run that --overwrite removes")):
+        with pytest.raises(SystemExit):
+            sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, "--run", str(tmp_path / run), "--scores", str(tmp_path / "r" / "scores.jsonl"), *flags])
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, "--run", str(tmp_path / "b"), "--scores", str(tmp_path / "r" / "scores.jsonl")])
 
 
 def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(tmp_path, monkeypatch, capsys, endpoint):
@@ -634,7 +647,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
     (("--ablations", "--recommenders", "dcnv3"), 2, "dcnv3"), (("--ablations", "--lams", "-1"), 2, "--lams"),
     (("--ablations", "--variants", "truth", "--scorer", "api"), 1, "--variants truth"), (("--lam", "-1"), 2, "--lam"), (("--recommender", "ncf"), 2, "ncf"), (("--scorer", "file", "--scores", "nothing.jsonl"), 1, "nothing.jsonl"),
     (("--lams", "0.5"), 2, "--lams goes with --ablations"), (("--lrs", "0.5"), 2, "--lrs goes with --ablations"), (("--ablations", "--lrs", "0.5", "--variants", "KD"), 2, "the variant none"),
-    (("--ablations", "--lrs", "0.5", "--lr", "0.1"), 2, "without --lr"), (("--test-negatives", "0"), 2, "--test-negatives"), (("--dry-run",), 2, "--dry-run"), (("--scores", "x", "--llm-loss", "none"), 2, "takes no --scores"),
+    (("--ablations", "--lrs", "0.5", "--lr", "0.1"), 2, "without --lr"), (("--test-negatives", "0"), 2, "--test-negatives"), (("--ablations", "--reduction", "sum"), 2, "leave --reduction sum out"), (("--dry-run",), 2, "--dry-run"), (("--scores", "x", "--llm-loss", "none"), 2, "takes no --scores"),
     (("--uncertainty", "dropout", "--dropout", "0"), 2, "--uncertainty"), (("--tune-steps", "5"), 1, "--tune-steps"),
     (("--candidates", "1", "--pool", "1", "--extra", "0", "--cold-users", "0", "--cold", "0", "--scored-users", "1", "--seed", "6", "--data", "toy:120x100x1300"), 1, "new to them")])
 def test_a_users_mistake_is_one_line(tmp_path, capsys, flags, status, message):
