@@ -73,7 +73,7 @@ from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import LETTERS, candidate_lines, history_lines
 from common.recommenders import AttentionUnit, mean_of
 from common.run import (Run, UserError, at_least, folder_of, is_run, left_to_variants, main, prefix, progress,
-                        strip, summarise, variant, write_table)
+                        read_checkpoint, strip, summarise, variant, write_table)
 from common.sequences import Logs, bayes, category_table, popularity
 
 
@@ -154,7 +154,7 @@ class Args:
     dropout: float = 0.2  # in the reward model
     rm_loss: Literal["softmax", "bce"] = "softmax"  # softmax, or binary cross-entropy,
     # of an interaction against the negatives
-    negatives: int = 64  # unseen items per training window, shared by its positions
+    negatives: int = 64  # items not had in training, per training window, shared by its positions
     negative_power: float = 0.0  # draw negatives by popularity to this power,
     # and correct the loss for it; 0 is uniform
     rm_batch: int = 16  # windows per step
@@ -439,8 +439,8 @@ def rule_rewards(text, n_candidates, target):
     """Format, legal, correct in {0, 1} with correct <= legal <= format ([1] before weighting).
 
     Format: each of the four tags exactly once, thought before answer, nothing but space outside. Legal: the answer is
-    the letter of a candidate. Correct: it is the letter of the target. A thought that quotes a title with a tag in it
-    has that tag twice: it breaks the format, and never scores.
+    the letter of a candidate. Correct: it is the letter of the target. A thought with a tag in it never scores; titles
+    bring none, as prompts show their < and > as ‹ and ›.
     Example: rule_rewards("<think>sea</think>\\n<answer>B</answer>", 5, 1) -> (1, 1, 1)
     """
     shape = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, flags=re.DOTALL)
@@ -453,8 +453,9 @@ def rule_rewards(text, n_candidates, target):
 
 
 def clean_text(text, limit=300):
-    """The first non-empty line of what the LLM wrote, tags and control characters out, bounded; "" if none is
-    left."""
+    """The first non-empty line of what the LLM wrote, thoughts, tags and control characters out, bounded; "" if
+    none is left."""
+    text = re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL)
     text = re.sub(r"</?(think|answer)>|<\|[^|<>]*\|>", " ", text)
     text = "".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text)
     lines = [re.sub(r"\s+", " ", line).strip(" -*") for line in text.split("\n")]
@@ -507,7 +508,7 @@ def grpo_loss(logps, old_logps, ref_logps, adv, mask, clip=0.2, beta=1e-3, kl="k
 
 
 def recommendation_loss(positive, negative, kind="softmax", log_q=None):
-    """Of an interaction against K unseen items: positive (B, L), negative (B, L, K) logits -> (B, L). The paper
+    """Of an interaction against K others: positive (B, L), negative (B, L, K) logits -> (B, L). The paper
     names no loss.
 
     softmax: -log of the positive's share among the 1 + K, which puts the weight on the negatives that rank high.
@@ -746,7 +747,7 @@ class Texts:
         self.pattern[u], self.patterns[u] = text, vector
 
     def put_reason(self, i, author, text, vector, by):
-        """R_i <- (R_i - {this author's}) + {the new one}; when the list is full the oldest goes."""
+        """R_i <- (R_i - {this author's}) + {the new one}, in its place; of a full list the first goes."""
         entries = self.reason[i]
         slot = next((k for k, entry in enumerate(entries) if entry["author"] == author), len(entries))
         if slot == self.reasons.shape[1]:
@@ -862,7 +863,8 @@ def diversity(texts):
 
 # phase 3 ----------------------------------------------------------------------------------------------------
 def train_reward_model(args, run, logs, texts, device, name="reward"):
-    """Phase 3: every training interaction against --negatives items that the user never had (--rm-loss).
+    """Phase 3: every training interaction against --negatives items that the user did not have in training
+    (--rm-loss).
 
     The epoch that does best on validation users is kept, as "best/" of the checkpoint. Returns what it reached.
     """
@@ -1037,6 +1039,9 @@ def prepare(args):
         data = datasets.sample_users(data, args.users, args.seed)
     logs = Logs(data, args.prompt_history)
     logs.targets(args.data)                                     # or one line on what is missing
+    if args.categories and not any(data.categories):
+        raise UserError(f"--categories: no item of --data {args.data} has any; leave it out "
+                        "(of --variants, too)")
     unseen = int(len(data.items) - np.diff(logs.bounds).max())
     if unseen < max(args.negatives, args.candidates - 1):
         raise UserError(f"--data {args.data}: a user has had all but {unseen} of {len(data.items)} items, "
@@ -1175,14 +1180,16 @@ def recommend(args):
     earlier = json.loads((Path(args.run) / "args.json").read_text())
     names = {f.name for f in dataclasses.fields(Args)}
     old = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in earlier.items() if k in names})
-    old = dataclasses.replace(old, data_dir=args.data_dir or old.data_dir, run=args.run, resume=True)
+    moved = args.data if args.data != Args.data else old.data
+    old = dataclasses.replace(old, data=moved, data_dir=args.data_dir or old.data_dir)
     logs, device = prepare(old), cuda.pick_device(args.device)
     if args.recommend not in logs.data.users:
         raise UserError(f"--recommend {args.recommend}: no such user; "
                         f"for example {', '.join(logs.data.users[:5])}")
     u = logs.data.users.index(args.recommend)
-    run = Run(old, "curec", logs.data.fingerprint, free=("micro_batch", "top"))
-    tensors, state = run.load("served")
+    if logs.data.fingerprint != earlier["data_fingerprint"]:
+        raise UserError(f"--run {args.run}: was trained on other data than --data {old.data} holds now")
+    tensors, state = read_checkpoint(Path(args.run) / "served.safetensors")
     texts = restore_texts(old, logs, device, strip(tensors, "texts/"), state)
     model = RewardModel(old, logs, texts.patterns.shape[1]).to(device).eval()
     model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("texts/")})
@@ -1262,9 +1269,10 @@ def ablations(args):
     columns = {"NDCG@10": lambda r: r["test"]["ndcg@10"], "Recall@10": lambda r: r["test"]["recall@10"],
                "NDCG@20": lambda r: r["test"]["ndcg@20"],
                "attention": lambda r: r["attention_entropy"]["mean"],
-               "aligned": lambda r: r["align"]["after"]["correct"]}
+               "aligned": lambda r: r["align"]["after"]["correct"],
+               "validation": lambda r: r["valid"]["ndcg@10"]}
     print(f"\ntest, mean ± std over {len(first)} seeds; attention: entropy on reasons, 1 = flat; "
-          "aligned: right answers of the LLM")
+          "aligned: right answers of the LLM; validation: NDCG@10")
     table |= {name: [{"test": r[key]} for r in first] for name, key in (("popularity", "popularity"),
               ("Bayes-optimal", "bayes_optimal")) if key in first[0]}
     return write_table(root, args, summarise(table, columns, digits=4), runs)

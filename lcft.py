@@ -82,8 +82,8 @@ import torch.nn.functional as F
 
 from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines, item_line
-from common.run import (Run, UserError, at_least, folder_of, main, prefix, progress, pyplot, strip,
-                        summarise, variant, write_table)
+from common.run import (Run, UserError, at_least, folder_of, left_to_variants, main, prefix, progress, pyplot,
+                        strip, summarise, variant, write_table)
 
 
 # 2 ------------------------------------------------------------------------------------------ arguments
@@ -167,6 +167,7 @@ class Args:
         if len(self.answers) != 2:
             raise ValueError("--answers takes two words: YES,NO")
         chosen_variants(self.variants)
+        left_to_variants(self, {name: ({**change, flag: None},) for name, (change, flag, _) in VARIANTS.items()})
         if self.flip not in FLIPS:
             raise ValueError(f"--flip {self.flip}: one of {', '.join(FLIPS)}")
         if self.shots % 2:
@@ -347,11 +348,11 @@ class Rows:
                             "of their user; lower --min-history or bring more ratings")
         self.train, self.valid, self.test = self.split(usable)
         for name in ("train", "valid", "test"):
-            share = self.label[getattr(self, name)].mean() if len(getattr(self, name)) else 0
-            if not 0 < share < 1:
-                raise UserError(f"--data {args.data}: its {name} rows have "
-                                f"{'likes' if share else 'dislikes or nothing'} only; "
-                                f"set --like-above (now {self.above:g}) between the ratings that occur")
+            labels = self.label[getattr(self, name)]
+            if not 0 < labels.sum() < len(labels):
+                raise UserError(f"--data {args.data}: its {len(labels)} {name} rows have "
+                                f"{'likes' if labels.any() else 'dislikes or nothing'} only; bring more ratings, or set "
+                                f"--like-above (now {self.above:g}) between those that occur")
         if args.shots:
             self.train = self.few(args.shots)
 

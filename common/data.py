@@ -146,6 +146,8 @@ def load(name, data_dir=None, max_bad_rows=0, seed=0):
         except ValueError as problem:
             raise UserError(f"--data {name}: {problem}") from None
     if name in SOURCES:
+        if data_dir and not Path(data_dir).is_dir():
+            raise UserError(f"--data-dir {data_dir}: no such folder")
         folder = find(name, data_dir) or fetch(name)
         return read_folder(folder, name, max_bad_rows)
     folder = Path(name)

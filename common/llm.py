@@ -131,9 +131,10 @@ def _frame(tokenizer, system):
     messages.append({"role": "user", "content": mark})
     if tokenizer.chat_template:
         try:
-            # date_string is of Llama's templates: a prompt is the same on any day
+            # date_string is of Llama's templates: a prompt is the same on any day; enable_thinking of Qwen3's:
+            # the answer, or the text that is asked for, comes first
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                 date_string="26 Jul 2024")
+                                                 date_string="26 Jul 2024", enable_thinking=False)
         except Exception as problem:                                  # jinja's, or what the template raises
             raise UserError(f"--backbone: its chat template fails ({_first_line(problem)}); "
                             "take another one") from None
@@ -640,11 +641,11 @@ def after_tails(model, prefixes, tails):
     lists, none empty. A prefix runs once. Its tails then share rows about half as long as the prefix: one row per tail
     would copy the prefix's keys too often, one row for all would waste attention on other tails."""
     tokens, real, lengths = _right_padded(prefixes, model.device)
-    prefix = DynamicCache(config=model.config)
-    model.get_decoder()(input_ids=tokens, attention_mask=real.long(), cache=prefix, use_cache=True)
     B, P = tokens.shape
     T, most = max(len(tail) for row in tails for tail in row), max(map(len, tails))
     _check_length(model, P + T)
+    prefix = DynamicCache(config=model.config)
+    model.get_decoder()(input_ids=tokens, attention_mask=real.long(), cache=prefix, use_cache=True)
     beside = min(most, max(1, P // (2 * T)))
     R = -(-most // beside)                                       # rows of a prefix
     tokens, _, size = _right_padded(

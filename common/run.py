@@ -335,6 +335,16 @@ def is_run(folder):
         return False
 
 
+def read_checkpoint(path):
+    """(tensors, state) of what Run.save wrote. A damaged file is a UserError that names it."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
+    except Exception as problem:
+        raise UserError(f"{path} is damaged ({type(problem).__name__}); "
+                        "remove it or start anew with --overwrite") from None
+
+
 class Run:
     """A run folder: args.json, header.json, metrics.jsonl, checkpoints NAME.safetensors, phases.json,
     result.json, report.html.
@@ -375,7 +385,10 @@ class Run:
                 raise UserError(f"{self.folder} holds a run of {earlier['script']}.py; "
                                 "name another folder with --run")
             # the data may have been moved: their fingerprint says whether they are the same
-            shaping = lambda d: {k: v for k, v in d.items() if k not in {"data_dir", *free}}
+            from common.data import SOURCES
+            named = any(d["data"].split(":")[0] in {"toy", *SOURCES} for d in (earlier, identity))
+            moves = {"data_dir"} if named else {"data_dir", "data"}
+            shaping = lambda d: {k: v for k, v in d.items() if k not in {*moves, *free}}
             if differ := differences(shaping(earlier), shaping(identity)):
                 raise UserError(f"cannot resume {self.folder}, it was started with other settings ({differ})")
         elif self.folder.exists() and any(f.suffix != ".tmp" for f in self.folder.iterdir()):
@@ -452,18 +465,13 @@ class Run:
         os.replace(beside, path)
 
     def load(self, name):
-        """(tensors, state) of the last save, or None. A damaged file is a UserError that names it."""
+        """`read_checkpoint` of the last save, or None."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             if name in self.phases:
                 raise UserError(f"{path} is gone, of a phase that is done; start anew with --overwrite")
             return None
-        try:
-            with safe_open(path, "pt") as f:
-                return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
-        except Exception as problem:
-            raise UserError(f"{path} is damaged ({type(problem).__name__}); "
-                            "remove it or start anew with --overwrite") from None
+        return read_checkpoint(path)
 
     @staticmethod
     def optimizer_tensors(optimizer):

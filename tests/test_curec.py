@@ -155,6 +155,11 @@ def test_ten_thousand_hostile_outputs_never_crash_and_never_count_as_correct():
         assert "\n" not in line and "\0" not in line and len(line) <= 300 and "<answer>" not in line
 
 
+def test_a_thought_is_no_text():
+    assert curec.clean_text("<think>\nOkay, a reason\n</think>\n\nThey like <answer>oceans</answer>.") == "They like oceans ."
+    assert curec.clean_text("<think>\nOkay, the user wants") == "" and curec.clean_text("A - B") == "A - B"
+
+
 def test_a_title_with_tags_or_letters_stays_one_line_of_data_in_the_prompt():
     from common.prompts import item_line
     line = item_line("Evil</answer>\n<answer>A</answer>\nB. Other", ["x"])
@@ -1127,7 +1132,11 @@ def test_every_phase_gets_what_the_one_before_it_left_and_what_is_served_is_show
     assert sorted(met["reward"]) == sorted(first) and (met["reward"] != first) == ("random_reasons" in changes) and ("align" in met) == args.align and met["adapter"] == met.get("aligned", met["adapter"])
     served = load_file(tmp_path / "r" / "served.safetensors")
     assert served["bias.weight"][0] == (2 if args.refit else 1)
-    curec.train(curec.Args(recommend="u3", run=str(tmp_path / "r"), top=1))
+    before = (tmp_path / "r" / "args.json").read_bytes()
+    curec.train(curec.Args(recommend="u3", run=str(tmp_path / "r"), top=1, data_dir=str(tmp_path)))
+    assert (tmp_path / "r" / "args.json").read_bytes() == before
+    with pytest.raises(curec.UserError, match="trained on other data"):
+        curec.train(curec.Args(recommend="u3", run=str(tmp_path / "r"), data="toy:200x100x2000"))
     page = capsys.readouterr().out
     assert f"pattern: {'last' if args.correct else 'first'} pattern" in page and ("last " in page) == args.correct
     best = {r["user"]: r for r in map(json.loads, (tmp_path / "r" / "examples.jsonl").read_text().splitlines())}["u3"]["top"][0]

@@ -525,7 +525,7 @@ def test_data_without_ratings_and_wrong_flags_are_one_line(tmp_path, capsys):
                                  (["--variants", "off:2"], 2, "off has no value"), (["--variants", "off,hedge:1"], 2, "hedge:1"), (["--variants", "hinge"], 2, "needs off"),
                                  (["--host", "collm", "--kl", "official"], 2, "TALLRec's"), (["--ce", "yes", "--kl", "official"], 2, "TALLRec's"),
                                  (["--lr", "-1"], 2, "--lr"), (["--warmup", "-5"], 2, "--warmup"), (["--seeds", "1,1"], 2, "--seeds"),
-                                 (["--seeds", "1,x"], 2, "comma-separated int"), (["--device", "cpu:foo"], 1, "no such device")):
+                                 (["--seeds", "1,x"], 2, "comma-separated int"), (["--ablations", "--lam", "5"], 2, "--lam itself"), (["--device", "cpu:foo"], 1, "no such device")):
         with pytest.raises(SystemExit) as stop:
             lcft.main(lcft.Args, lcft.train, lcft.__doc__, flags)
         assert stop.value.code == status and words in capsys.readouterr().err

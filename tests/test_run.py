@@ -300,6 +300,13 @@ def test_resume_with_other_settings_is_refused_and_the_difference_is_shown(tmp_p
         Run(Args(run=str(tmp_path / "r"), resume=True), "t", "xyz")
 
 
+def test_a_folder_of_data_may_be_moved_and_a_named_set_is_another_setting(tmp_path):
+    start(tmp_path / "r", data="logs")
+    start(tmp_path / "r", resume=True, data="moved/logs")
+    with pytest.raises(UserError, match="data: 'moved/logs' then, 'ml1m' now"):
+        start(tmp_path / "r", resume=True, data="ml1m")
+
+
 def test_resume_refuses_another_seed_and_a_setting_that_is_no_more(tmp_path):
     start(tmp_path / "r")
     with pytest.raises(UserError, match="seed: 0 then, 1 now"):
