@@ -1,6 +1,6 @@
 """make results: run what the README's tables come from, and write these tables into it.
 
-    python -m common.results                    # everything, resumable; hours on 2 cores
+    python -m common.results                    # everything, resumable; a day and a half on a core
     python -m common.results --method lcft --data toy
     python -m common.results --render           # only write the tables of finished runs
     python -m common.results --method sllmr --data toy --against none    # differences, seed by seed, to a row
@@ -25,7 +25,7 @@ from common.run import Parser, pyplot, write_atomically
 ROOT = Path(__file__).parent.parent
 SLLMR_TOY = (   # of two tables: the same world and training, other scores
     "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 --redraw --decay "
-    "--lr 2e-2 --weight-decay 1e-4 --batch 1024 --dim 32 --epochs 20 --patience 20 --rank-users 100 "
+    "--weight-decay 1e-4 --batch 1024 --dim 32 --epochs 20 --patience 20 --rank-users 100 "
     "--margin 0.05 --pick sample --pair-users 32 --pairs 2048 --pool 400")
 COMMANDS = (   # method, data, flags, the picture that the README shows
     ("curec", "toy", "--ablations --seeds 0,1,2 --data toy", None),
@@ -57,10 +57,11 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--prompt-history 3 --lora-targets all-linear --lora-rank 16 --lam-ramp 1 --keep last "
      "--variants off,hinge:1,hinge:0.5,neg-ce:1,paper:0.1,official:1e-4", None),
     ("sllmr", "toy",
-     f"{SLLMR_TOY} --lams 0.1 --variants none,ones,paper,agreement "
+     f"{SLLMR_TOY} --lr 2e-2 --lams 0.1 --variants none,ones,paper,agreement "
      "--recommenders deepfm,dcnv2,autoint,dcn,din,xdeepfm", "dcnv2/gate.png"),
     ("sllmr", "toy-60",
-     f"{SLLMR_TOY} --candidates 60 --lams 0.03 --variants none,ones,agreement "
+     f"{SLLMR_TOY} --candidates 60 --test-negatives 10 --lrs 0.005,0.01,0.02,0.04 --lams 0.03,0.1,0.3 "
+     "--variants none,ones,agreement "
      "--recommenders deepfm,dcnv2,autoint,dcn,din,xdeepfm", None),
     ("sllmr", "toy-once",
      "--ablations --seeds 0,1,2 --data toy:3000x400x45000 --cold-users 0.3 "
@@ -146,8 +147,8 @@ def bare(row):
 def against(rows, base):
     """What each row gains over the row `base`, seed by seed: {name: {column: summary of the differences}}. Rows
     are called NAME or NAME VALUE; where tables of several models are one ("MODEL, NAME"), each is compared
-    within its model, and "mean, NAME VALUE" is the mean over the models. Raises ValueError where there is no
-    such row."""
+    within its model, and "mean, NAME" is the mean over the models, each with the value that it chose. Raises
+    ValueError where there is no such row."""
     parts = {name: name.rpartition(", ")[::2] for name in rows}   # model (or nothing), name with its value
     bases = {model: rows[name] for name, (model, variant) in parts.items() if base in (variant, bare(variant))}
     gains, means = {}, {}
@@ -157,7 +158,7 @@ def against(rows, base):
         if rows[name] is not bases[model]:
             gains[name] = {c: np.subtract(cell["values"], bases[model][c]["values"])
                            for c, cell in rows[name].items() if c in bases[model]}
-            means.setdefault(variant, []).append(gains[name])
+            means.setdefault(bare(variant), []).append(gains[name])
     if len(bases) > 1:
         gains |= {f"mean, {name}": {c: np.mean([g[c] for g in found], 0) for c in found[0]}
                   for name, found in means.items()}
@@ -275,12 +276,13 @@ def main(argv=None):
         parser.error(f"there is no table for --method {args.method} --data {args.data}; see --help")
     if args.against:
         return print_gains([f"{method}-{data}" for method, data, *_ in chosen], args.against)
-    for method, data, flags, _ in () if args.render else chosen:
+    for method, data, flags, picture in () if args.render else chosen:
         print(f"\n##### {command(method, flags)}", flush=True)
         out = subprocess.run([sys.executable, f"{method}.py", *shlex.split(flags),
                               "--run", str(folder(method, data)), "--resume"], cwd=ROOT)
         if out.returncode:
             sys.exit(out.returncode)
+        render(ROOT / "README.md", [(method, data, flags, picture)])
     print("tables written: " + ", ".join(render(ROOT / "README.md", chosen)))
 
 

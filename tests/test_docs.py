@@ -78,9 +78,9 @@ def test_the_gain_over_a_row_is_the_mean_of_the_differences_seed_by_seed():
     from common import metrics, results
     rows = {"din, none 0": {"AUC": metrics.summary([0.5, 0.7]), "cold": metrics.summary([0.1, 0.1])},
             "din, gate 0.1": {"AUC": metrics.summary([0.6, 0.9]), "gate AUC": metrics.summary([1, 1])},
-            "dcn, none 0": {"AUC": metrics.summary([0.5, 0.5])}, "dcn, gate 0.1": {"AUC": metrics.summary([0.5, 0.6])}}
+            "dcn, none 0": {"AUC": metrics.summary([0.5, 0.5])}, "dcn, gate 0.3": {"AUC": metrics.summary([0.5, 0.6])}}
     gains = results.against(rows, "none")
-    assert list(gains) == ["din, gate 0.1", "dcn, gate 0.1", "mean, gate 0.1"] and list(gains["din, gate 0.1"]) == ["AUC"]
+    assert list(gains) == ["din, gate 0.1", "dcn, gate 0.3", "mean, gate"] and list(gains["din, gate 0.1"]) == ["AUC"]
     assert [g["AUC"]["values"] for g in gains.values()] == [[0.1, 0.2], [0.0, 0.1], [0.05, 0.15]]
     assert gains["din, gate 0.1"]["AUC"]["mean"] == 0.15 and gains["din, gate 0.1"]["AUC"]["std"] == pytest.approx(0.1 / 2**0.5, abs=1e-6)
     plain = {"no LLM": rows["din, none 0"], "judge all": rows["dcn, none 0"], "judge": rows["din, gate 0.1"]}
