@@ -547,7 +547,8 @@ class Policy:
         return llm.chat(self.tokenizer, prompt)
 
     def write(self, prompts, max_tokens, key, sample=False, desc=None):
-        """One text per prompt, greedy or sampled at temperature 1; a pure function of (weights, prompts, key)."""
+        """One text per prompt, greedy or sampled at temperature 1; a pure function of weights, prompts, key
+        and, where sampled, --llm-batch."""
         order = np.argsort([len(p) for p in prompts], kind="stable")          # like lengths share a batch
         texts = [""] * len(prompts)
         size = self.args.llm_batch
