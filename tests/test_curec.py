@@ -1176,7 +1176,7 @@ def test_each_row_of_the_table_differs_and_takes_over_only_what_it_does_not_chan
     of = lambda seed, name: str(tmp_path / f"s{seed}" / name)
     assert asked == [x for s in (4, 5) for x in ((s, True, of(s, "full"), of(s, "full"), ()),
                                                  (s, False, of(s, "w-o-update"), of(s, "full"), ("align", "write", "reward")))]
-    assert {k: v["mean"] for k, v in rows["w/o update"].items()} == pytest.approx({"NDCG@10": 0.45, "Recall@10": 0.5, "NDCG@20": 0.5, "attention": 0.7, "aligned": 0.3})
+    assert {k: v["mean"] for k, v in rows["w/o update"].items()} == pytest.approx({"NDCG@10": 0.45, "Recall@10": 0.5, "NDCG@20": 0.5, "attention": 0.7, "aligned": 0.3, "validation": 0.1})
     assert set(rows) == {"full", "w/o update", "popularity"}
 
 
