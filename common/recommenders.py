@@ -147,8 +147,8 @@ class CTR(nn.Module):
     else 3).
 
     kind: deepfm, xdeepfm, autoint, dcn, dcnv2, din. They differ in the crossing and the first order, and DIN in the
-    past: it weighs past items by the candidate, all others take their mean. categories (n_items + 1, K): those of each shifted
-    item, 0 = none; an item has their mean. extra: width of further inputs of the MLP (KAR's vectors).
+    past: it weighs past items by the candidate, all others take their mean. categories (n_items + 1, K): those of
+    each shifted item, 0 = none; an item has their mean. extra: width of further inputs of the MLP (KAR's vectors).
     """
 
     def __init__(self, kind, n_users, n_items, categories, dim=64, hidden=(200, 80), dropout=0.1, extra=0):

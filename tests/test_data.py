@@ -632,8 +632,8 @@ def test_without_a_network_one_line_says_which_file_to_put_where(tmp_path, monke
 
 def test_a_name_is_looked_for_in_data_dir_then_llmrec_data_then_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMREC_DATA", str(tmp_path / "env"))
+    (tmp_path / "dir").mkdir()
     for place, item in ((tmp_path / "cache" / "data", "c"), (tmp_path / "env", "e"), (tmp_path / "dir", "d")):
-        (tmp_path / "dir").mkdir(exist_ok=True)
         write(place / "amazon-beauty-2014", interactions__csv=f"user,item\nu,{item}\n")
         assert load("amazon-beauty", data_dir=tmp_path / "dir").items == [item]
     with pytest.raises(UserError, match="dirt: no such folder"):
