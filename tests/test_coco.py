@@ -466,6 +466,7 @@ def test_every_kind_of_run_ends_with_a_result(tmp_path, capsys, flags):
     assert 0 < result["test"]["overall"] < 1 and {"misled", "rest"} <= set(result["test"]) and "ndcg@10" in result["ranking"]
     if "all" in flags:                                                        # no others
         assert result["judged"]["knowledge"] > 0 == result["judged"]["knowledge_others"]
+    assert (tmp_path / "r" / "adapter").exists() == ("none" not in flags and "--lora-lr" not in flags)
 
 
 def test_a_run_that_is_killed_resumes_to_the_same_result_to_the_bit(tmp_path):
