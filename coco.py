@@ -26,13 +26,16 @@ CTR the base model, sg stop-gradient, c_k the K codes)
 CHECKED BY, in tests/
   [1] test_state_extraction_and_fusion_by_hand
   [2] test_a_code_is_passed_on_as_it_is_and_learns_from_the_task_in_one_mode_only
-  [3] test_the_llm_is_frozen_and_the_codes_learn_through_it
+  [3] test_code_and_prompt_by_hand
+      test_the_llm_is_frozen_and_the_codes_learn_through_it
   [4] test_state_extraction_and_fusion_by_hand
   [5] test_state_extraction_and_fusion_by_hand
-  [6] test_commitment_moves_the_state_only_and_the_codebook_term_the_codes_only
+  [6] test_both_phases_losses_by_hand
+      test_commitment_moves_the_state_only_and_the_codebook_term_the_codes_only
   [7] test_losses_by_hand
   [8] test_without_knowledge_nobody_is_contradicted_and_a_knowledge_that_hurts_is_found
-  [9] test_a_text_that_is_not_judged_gives_the_llm_exactly_no_gradient_and_the_recommender_its_own
+  [9] test_both_phases_losses_by_hand
+      test_a_text_that_is_not_judged_gives_the_llm_exactly_no_gradient_and_the_recommender_its_own
 
 DEVIATIONS AND CHOICES. The paper's text is not public beyond abstract and summaries: the formulas above are
 ours wherever these are silent, which is nearly everywhere (K, prompt length, losses' weights, recommender,

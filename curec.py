@@ -21,10 +21,11 @@ EQUATIONS (numbers as used below; the paper's eqs. 3-4 are [2]-[3], 7-11 are [5]
 CHECKED BY, in tests/
   [1] test_rules_by_hand
   [2] test_advantages_of_equal_rewards_are_zero_and_a_group_of_one_is_refused
-  [3] test_on_policy_the_clipped_loss_is_the_policy_gradient_with_value_zero
+  [3] test_clipping_on_both_sides_and_the_three_means_over_tokens_by_hand
   [4] test_k3_is_never_negative_and_its_gradients_are_the_two_kl_directions
-  [5] test_scores_are_finite_without_reasons_and_do_not_depend_on_their_order_or_empty_slots
-  [6] test_training_at_all_times_equals_serving_on_each_prefix
+  [5] test_matching_and_score_by_hand_in_the_catalogue_and_as_a_reward
+  [6] test_matching_and_score_by_hand_in_the_catalogue_and_as_a_reward
+      test_training_at_all_times_equals_serving_on_each_prefix
   [7] test_correction_asks_from_each_choices_past_and_puts_what_it_learned_in_its_place
       test_a_list_of_reasons_replaces_the_authors_own_and_drops_the_oldest
 

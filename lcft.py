@@ -24,7 +24,8 @@ EQUATIONS (x+ and x- are the prompts with the two questions, P+ and P- the answe
 CHECKED BY, in tests/
   [1] test_the_answer_loss_is_pytorchs_cross_entropy
   [2] test_each_divergence_by_hand_and_against_pytorch
-  [3] test_the_officials_gradient_on_the_gap_is_the_identity_of_the_docstring
+  [3] test_the_officials_divergence_is_the_sum_over_positions_from_the_first_difference_aligned_at_the_answer
+      test_officials_cross_entropy_is_hugging_faces_loss_on_the_row_and_defaults_are_the_documented_ones
   [4] test_equal_answers_have_a_gradient_under_swap_follow_and_hinge_only
   [5] test_a_step_on_the_flipped_answer_makes_the_opposite_of_the_label_likelier
   [6] test_a_packed_pair_gives_the_answers_of_two_separate_padded_passes

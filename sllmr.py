@@ -20,7 +20,8 @@ EQUATIONS
 
 CHECKED BY, in tests/
   [1] test_every_click_model_reads_all_its_inputs_and_no_padding
-  [2] test_the_gate_as_published_can_only_fall_and_the_normalised_one_moves_both_ways
+  [2] test_the_gate_by_hand
+      test_the_gate_as_published_can_only_fall_and_the_normalised_one_moves_both_ways
   [3] test_the_pairs_are_those_with_the_largest_gaps_of_one_user_and_never_ties_or_unknown_ones
   [4] test_the_pair_loss_by_hand
   [5] test_uncertainty_is_between_0_and_1_largest_at_a_half_finite_anywhere_and_without_gradient

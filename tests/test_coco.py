@@ -208,6 +208,24 @@ def test_state_extraction_and_fusion_by_hand():
         assert torch.allclose(model.score(rows.test[:, :1], known[None])[0], s, atol=1e-5)
 
 
+def test_code_and_prompt_by_hand():
+    _, rows, model = built()
+    model.eval()
+    texts, norm, book = torch.as_tensor(rows.train_texts[:50:10]), model.to_query[1], model.books[0]
+    norm.running_mean.normal_(std=0.1)
+    norm.running_var.uniform_(0.01, 0.1)
+    with torch.no_grad():
+        h = model.state(rows.text_user[texts], rows.text_place[texts])
+        z = (model.to_query[0](h) - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+        book.codes.copy_(z[:4])                                                           # the fifth gets the code of another
+        nearest = [min(range(4), key=lambda k: float((z[t] - book.codes[k]).norm())) for t in range(5)]
+        words = model.llm.get_input_embeddings().weight[list(llm.plain_ids(model.tokenizer, model.args.static_prompt))[:2]]
+        prompt, index, _ = model.prompt(texts)
+        for t, k in enumerate(nearest):
+            assert torch.allclose(prompt[t], words + words.std() * model.to_prompt(book.codes[k]).view(2, -1), atol=1e-5)
+    assert index.tolist() == nearest and nearest[:4] == [0, 1, 2, 3]
+
+
 def test_codes_are_served_as_they_are_trained_from_the_first_batch_on():
     _, rows, model = built("--codes", "8")
     texts = torch.as_tensor(rows.train_texts)
@@ -275,6 +293,23 @@ def test_losses_by_hand():
     s = torch.tensor([[np.log(3.0), 0.0, 0.0]], dtype=torch.double)
     assert float(coco.rec_loss(s, "nce")) == pytest.approx(-np.log(3 / 5))
     assert float(coco.rec_loss(s, "bce")) == pytest.approx((np.log(4 / 3) + np.log(2)) / 2)
+
+
+def test_both_phases_losses_by_hand():
+    a, rows, model = built()
+    model.eval()
+    texts, known, judged = torch.as_tensor(rows.train_texts[:6]), 3 * torch.randn(6, 8), torch.arange(6) < 2
+    read = coco.knowledge(model, texts)
+
+    def by_hand(known):
+        """The mean over all choices of these texts, with what is known and without."""
+        each = [[coco.rec_loss(model.score(row[:, None], k), "bce") for k in (known[t][None], None)]
+                for t, text in enumerate(texts) for row in rows.train.T if row[2] == text]
+        return sum(map(sum, each)) / len(each)
+    with torch.no_grad():
+        assert torch.allclose(coco.loss_of(a, model, texts, known, torch.tensor(0.5))[0], by_hand(known) + 0.5, atol=1e-5)
+        assert torch.allclose(coco.judged_loss(a, model, texts, known, judged)[0],                   # the judged are read anew
+                              by_hand(torch.where(judged[:, None], read, known)), atol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["bce", "nce"])

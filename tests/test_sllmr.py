@@ -68,6 +68,12 @@ def test_the_pair_loss_by_hand():
     assert float(sllmr.pair_loss(s, alpha, none)) == 0
 
 
+def test_the_gate_by_hand():
+    gate, cold, tail = sllmr.Gate((1.0, 2.0, 4.0, -3.0)), torch.tensor([False, False, True, True]), torch.tensor([False, True, False, True])
+    z = torch.tensor([-2.0, 0.0, -1.0, 1.0])                                             # cold + 2 tail + 4 / 4 - 3
+    assert torch.allclose(gate(cold, tail, torch.full((4,), 0.25)), 1 / (1 + torch.exp(-z)))
+
+
 @pytest.mark.parametrize("gate", ["paper", "agreement", "normalised", "budget", "fixed", "ones"])
 def test_gradients_of_every_gate_are_right_in_double_precision(gate):
     torch.manual_seed(0)
