@@ -545,7 +545,7 @@ class Policy:
         self.optimizer = torch.optim.AdamW(lora.parameters(self.model), lr=self.lr, weight_decay=0.0)
 
     def tokens(self, prompt):
-        return llm.chat(self.tokenizer, prompt)
+        return llm.chat(self.tokenizer, prompt, think="<think>" in prompt)          # in no title: they hold no <
 
     def write(self, prompts, max_tokens, key, sample=False, desc=None):
         """One text per prompt, greedy or sampled at temperature 1; a pure function of weights, prompts, key
@@ -692,6 +692,9 @@ def align(args, run, policy, logs):
         if rank > 0:
             continue
         run.log("align", step + 1, args.align_steps, **stats)
+        if step == 0 and not stats["legal"]:
+            print("warning: no answer of the first step names a candidate: GRPO has nothing to learn from; raise "
+                  "--align-tokens where truncated_frac is high, or take an instruction-tuned --backbone", flush=True)
         if (step + 1) % 40 == 0 or step + 1 == args.align_steps:
             rates = evaluate_alignment(policy, *valid, desc="align: validation")
             run.log("align-valid", step + 1, args.align_steps, **rates)

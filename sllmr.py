@@ -423,18 +423,19 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
     rate = llm.suited(args.tune_lr, args.backbone, 2e-3, 1e-4)
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=rate, weight_decay=0.0)
     for step in progress(range(args.tune_steps), "tuning", args.tune_steps):
-        prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place)
-                                            for u, place, i, j in train[rng.integers(0, len(train), batch)]])
-        packed = llm.pack_tails(prefixes, [[tail + [answer] for tail, answer in zip(row, (yes, no))]
-                                           for row in tails]).to(model.device)
-        last = llm.last_slots(packed)
-        loss = llm.over_logits(model, lambda z, y: F.cross_entropy(z, y, reduction="none"),
-                               llm.packed_hidden(model, packed)[last],
-                               beside=(packed.labels[packed.valid][last],)).mean()
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 20) * (1 - step / args.tune_steps)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        pick = train[rng.integers(0, len(train), batch)]
+        for part in np.split(pick, 4) if model.device.type == "cuda" else [pick]:             # for its memory
+            prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place) for u, place, i, j in part])
+            packed = llm.pack_tails(prefixes, [[tail + [answer] for tail, answer in zip(row, (yes, no))]
+                                               for row in tails]).to(model.device)
+            last = llm.last_slots(packed)
+            loss = llm.over_logits(model, lambda z, y: F.cross_entropy(z, y, reduction="none"),
+                                   llm.packed_hidden(model, packed)[last],
+                                   beside=(packed.labels[packed.valid][last],))
+            (loss.sum() / (2 * batch)).backward()
         optimizer.step()
     held = rows.valid[:4, :asked].T.tolist()
     parts = [held[k:k + 8] for k in range(0, len(held), 8)]

@@ -85,6 +85,11 @@ def check_backbone(model, name):
     why = "models that rescale their logits are not supported"
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", 1) not in (1, None):
         raise UserError(f"--backbone {name}: {why}; take another one")
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
+    if scaled := ropes & {"longrope", "dynamic"}:
+        raise UserError(f"--backbone {name}: its positions ({', '.join(scaled)}) depend on the longest text of a "
+                        "batch, which is not supported; take another one")
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     if set(kinds) != {"full_attention"}:
         raise UserError(f"--backbone {name}: only models with full attention in every layer are supported, "
@@ -116,33 +121,57 @@ def _distance(x, y):
     return float((x.float() - y.float()).norm() / y.float().norm())
 
 
+MARK = "\ue000user\ue001"                             # private-use letters: in no template, in no system text
+
+
 def eos_ids(model, tokenizer):
-    """The tokens that end a text: the model's and the tokenizer's, sorted."""
+    """The tokens that end a text, sorted: the model's, the tokenizer's, and that of the chat template after an
+    answer, which a base model with a template (Qwen2.5) names nowhere else."""
     found = getattr(model.generation_config, "eos_token_id", None)
     found = [found] if isinstance(found, int) else list(found or [])
-    return sorted({*found, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
+    after = tokenizer(_after_answer(tokenizer, MARK).partition(MARK)[2], add_special_tokens=False)["input_ids"]
+    turn = [i for i in after if i in tokenizer.added_tokens_decoder][:1]
+    return sorted({*found, *turn, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
 
 
-@functools.lru_cache(maxsize=8)
-def _frame(tokenizer, system):
-    """The token ids of the chat template before and after the user's text."""
-    mark = "\ue000user\ue001"                         # private-use letters: in no template, in no system text
+def _render(tokenizer, messages, think=False, **flags):
+    # date_string is of Llama's templates: a prompt is the same on any day; enable_thinking of Qwen3's
+    return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024",
+                                         enable_thinking=think, **flags)
+
+
+def _after_answer(tokenizer, answer):
+    """What follows the user's text where the answer is already there; "" if the template cannot say it."""
+    messages = [{"role": "user", "content": MARK}, {"role": "assistant", "content": answer}]
+    try:
+        return _render(tokenizer, messages).partition(MARK)[2] if tokenizer.chat_template else ""
+    except Exception:                                                 # jinja's, or what the template raises
+        return ""
+
+
+def _frame(tokenizer, system=None, think=False):
+    """The chat template's text before and after the user's. think: the answer begins with the model's own
+    <think>; else it is the text that is asked for, and a template that opens a thought has it closed."""
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": mark})
+    messages.append({"role": "user", "content": MARK})
     if tokenizer.chat_template:
         try:
-            # date_string is of Llama's templates: a prompt is the same on any day; enable_thinking of Qwen3's:
-            # the answer, or the text that is asked for, comes first
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                 date_string="26 Jul 2024", enable_thinking=False)
+            text = _render(tokenizer, messages, think, add_generation_prompt=True)
         except Exception as problem:                                  # jinja's, or what the template raises
             raise UserError(f"--backbone: its chat template fails ({_first_line(problem)}); "
                             "take another one") from None
+        if text.rstrip().endswith("<think>"):
+            text = text.rstrip().removesuffix("<think>") + ("" if think else "<think>\n\n</think>\n\n")
     else:
         text = (tokenizer.bos_token or "") + "\n".join(m["content"] for m in messages) + "\n"
-    if text.count(mark) != 1:
+    if text.count(MARK) != 1:
         raise UserError("--backbone: its chat template drops or repeats the user's text; take another one")
-    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(mark))
+    return text.split(MARK)
+
+
+@functools.lru_cache(maxsize=8)
+def _frame_ids(tokenizer, system, think):
+    return [tokenizer(part, add_special_tokens=False)["input_ids"] for part in _frame(tokenizer, system, think)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -162,20 +191,25 @@ def plain_ids(tokenizer, text):
 
 
 def single_token(tokenizer, word):
-    """The id of a word that is one token, else None: its first piece would be scored in its place."""
-    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-    return ids[0] if len(ids) == 1 and tokenizer.decode(ids).strip() == word.strip() else None
+    """The id of a word that is one token where an answer begins, else None: its first piece would be scored in its
+    place. SentencePiece has two of most words, and only one of them begins a line."""
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    ask, told = _frame(tokenizer)[1], _after_answer(tokenizer, word)
+    space = " " * (told.startswith(ask) and told.removeprefix(ask).startswith(" "))        # [/INST] Yes
+    before, both = ids(ask), ids(ask + space + word)
+    found = both[len(before):] if both[:len(before)] == before else ids(word)
+    return found[0] if len(found) == 1 and tokenizer.decode(found).strip() == word.strip() else None
 
 
-def chat(tokenizer, text, system=None):
+def chat(tokenizer, text, system=None, think=False):
     """One user message in the model's chat format -> token ids. A control token in `text` is tokenised as
     plain text: what users and titles say is data and can neither end the message nor open another.
 
     A SentencePiece tokenizer that puts a space before every text puts one before the user's text and before
     what follows, too. text may be a list of texts and slot numbers k >= 0: slot k becomes the id -1 - k, a
-    place for a vector (see `embed`).
+    place for a vector (see `embed`). think: see `_frame`.
     """
-    before, after = _frame(tokenizer, system)
+    before, after = _frame_ids(tokenizer, system, think)
     inside = []
     for part in [text] if isinstance(text, str) else text:
         inside += plain_ids(tokenizer, part) if isinstance(part, str) else [-1 - part]

@@ -593,6 +593,13 @@ def test_alignment_weighs_the_rules_and_keeps_the_adapter_that_validation_likes_
     assert float(lora.parameters(policy.model)[0].data.mean()) == marks[39]          # judged after 40 steps and after 80
 
 
+def test_an_alignment_that_has_nothing_to_learn_from_says_so(tmp_path, monkeypatch, capsys):
+    args, policy = small_policy(align_steps=2, align_tokens=2, align_prompts=2, group=2, run=str(tmp_path / "r"))
+    logs = curec.prepare(args)
+    curec.align(args, Run(args, "curec", "x"), policy, logs)
+    assert capsys.readouterr().out.count("no answer of the first step names a candidate") == 1
+
+
 def hide_the_held_out(logs):
     """Make one item what everybody's two last choices are, and nobody's before; its line is a mark."""
     marked = int(logs.items[0])

@@ -155,11 +155,46 @@ def test_a_text_that_ends_with_the_last_token_allowed_is_not_truncated():
         assert out.lengths.tolist() == [[k + 1]] and out.truncated.tolist() == [[cut]]
 
 
-def test_the_end_tokens_are_the_models_and_the_tokenizers():
+def test_the_end_tokens_are_the_models_the_tokenizers_and_that_of_the_chat_template():
+    model, tok = qwen(), AutoTokenizer.from_pretrained(llm.TINY)
+    end, template = tok.convert_tokens_to_ids("<|im_end|>"), tok.chat_template
+    for of_model, of_tokenizer, want in (([9, 5], 7, {5, 7, 9}), (5, 5, {5}), (None, 7, {7}), ([9], None, {9})):
+        model.generation_config.eos_token_id, tok.eos_token_id = of_model, of_tokenizer
+        for tok.chat_template, turn in ((None, set()), (template, {end}), ("{{ messages[0]['content'] }}", set()),
+                                        ("{% if messages[1] %}{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}", set()),
+                                        ("{% for m in messages %}{{ m['content'] }} <|im_end|>{% endfor %}", {end})):
+            assert llm.eos_ids(model, tok) == sorted(want | turn)
+
+
+def test_a_base_model_whose_template_ends_turns_with_a_token_that_its_config_does_not_name_stops_there():
+    """As Qwen2.5's base models ship: eos is <|endoftext|>, an answer of their template ends with <|im_end|>."""
     model = qwen()
-    for of_model, of_tokenizer, want in (([9, 5], 7, [5, 7, 9]), (5, 5, [5]), (None, 7, [7]), ([9], None, [9])):
-        model.generation_config.eos_token_id = of_model
-        assert llm.eos_ids(model, types.SimpleNamespace(eos_token_id=of_tokenizer)) == want
+    for tok in tokenizers():
+        ends = tok.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+        tok.eos_token, model.generation_config.eos_token_id = "<|endoftext|>", ends[0]
+        assert llm.eos_ids(model, tok) == ends
+
+
+def test_an_answer_has_the_token_with_which_it_goes_on_after_the_prompt():
+    for tok in tokenizers():
+        for word in ("Yes", "No"):
+            assert [*llm.chat(tok, "Sea?"), llm.single_token(tok, word)] == tok(tok.decode(llm.chat(tok, "Sea?")) + word)["input_ids"]
+    tok = AutoTokenizer.from_pretrained(models_folder() / "stories260K")              # SentencePiece: "a" and " a" are two tokens
+    line, after = tok.convert_tokens_to_ids(["a", "▁a"])
+    assert tok("a", add_special_tokens=False)["input_ids"] == [after] and llm.single_token(tok, "a") == line
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}:{% else %}!{% endif %}{% endfor %}"
+    assert llm.single_token(tok, "a") == line
+    tok.chat_template = tok.chat_template.replace(":", ":{% if messages[1] %} {% endif %}")
+    assert llm.single_token(tok, "a") == after and llm.single_token(tok, "xylophone") is None
+
+
+@pytest.mark.parametrize("opens", ["<think>{{ nl }}", "{% if not enable_thinking %}<think>{{ nl }}{{ nl }}</think>{{ nl }}{{ nl }}{% endif %}"])
+def test_a_thought_is_the_models_own_where_the_prompt_asks_for_one_and_closed_elsewhere(opens):
+    tok = AutoTokenizer.from_pretrained(llm.TINY)
+    tok.chat_template = "{% set nl = '\\n' %}" + tok.chat_template.removesuffix("{% endif %}") + opens + "{% endif %}"
+    text = lambda think: tok.decode(llm.chat(tok, "Sea?", think=think))
+    assert text(True).endswith("Sea?<|im_end|>\n<|im_start|>assistant\n")
+    assert text(False) == text(True) + "<think>\n\n</think>\n\n"
 
 
 def test_a_setting_that_is_given_is_taken_even_if_it_is_0():
@@ -438,6 +473,7 @@ def small(name, **other):
     ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8}, "rescale their logits"),
     ("Cohere", {"logit_scale": 0.0625}, "rescale their logits"),
     ("Granite", {"logits_scaling": 8.0}, "rescale their logits"),
+    ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "longest text of a batch"),
     ("Mistral", {"sliding_window": 4, "num_key_value_heads": 2}, "full attention in every layer"),
     ("Bloom", {"n_head": 4, "n_layer": 2}, "packed rows"),
     ("Mamba", {}, "full attention in every layer"),
