@@ -107,7 +107,7 @@ from common import cuda, data as datasets, llm, lora, metrics
 from common.prompts import history_lines
 from common.recommenders import CTR
 from common.run import (Run, UserError, at_least, differences, folder_of, main, prefix, progress, pyplot,
-                        strip, summarise, variant, write_atomically, write_table)
+                        read_json, strip, summarise, variant, write_atomically, write_table)
 from common.sequences import Logs, category_table
 
 
@@ -654,14 +654,13 @@ def score(args, folder, rows):
     kind, data = scorer(args, rows), rows.data
     if kind == "file":
         made = Path(args.scores).with_name("scores-args.json")
-        if made.exists() and json.loads(made.read_text()).get("data") != data.fingerprint:
+        if made.exists() and read_json(made).get("data") != data.fingerprint:
             if data.world is not None:                           # its ids are those of every toy world
                 raise UserError(f"--scores {args.scores}: made for another toy world, or another --seed; "
                                 "leave it out")
             print("the scores were made for other users, items or choices; those that are here are taken",
                   flush=True)
         return read_scores(Path(args.scores), data)
-    folder.mkdir(parents=True, exist_ok=True)
     path, wanted = folder / "scores.jsonl", candidates(rows)
     settings, made = made_by(args, kind, data), folder / "scores-args.json"
     if kind == "api":
@@ -670,7 +669,7 @@ def score(args, folder, rows):
         path.unlink(missing_ok=True)
         made.unlink(missing_ok=True)
     REMADE.add(folder)
-    earlier = json.loads(made.read_text()) if made.exists() else settings
+    earlier = read_json(made) or settings
     if differ := differences(earlier, settings):
         raise UserError(f"{folder} holds scores that were made with other settings ({differ}); "
                         "remove it, or name another folder with --run")
@@ -681,21 +680,21 @@ def score(args, folder, rows):
     if missing:
         lines = lambda u, pairs: "".join(
             json.dumps({"user": data.users[u], "item": data.items[i], "score": s}) + "\n" for i, s in pairs)
-        # a user cut short is asked about again
-        table = {(u, i): s for (u, i), s in table.items() if u not in missing}
-        write_atomically(path, "".join(lines(u, [(i, s)]) for (u, i), s in table.items()))
+        if table:                                                # a user cut short is asked about again
+            table = {(u, i): s for (u, i), s in table.items() if u not in missing}
+            write_atomically(path, "".join(lines(u, [(i, s)]) for (u, i), s in table.items()))
         # the oracle's noise is one stream: ask it for all again
         source = {"oracle": lambda: oracle(rows, wanted), "backbone": lambda: by_backbone(rows, wanted, missing),
                   "encoder": lambda: by_encoder(rows, missing), "api": lambda: by_api(rows, missing)}[kind]
-        with open(path, "a", encoding="utf-8") as f:
-            for u, items, scores in source():
-                if u in missing:
-                    if not made.exists():
-                        write_atomically(made, json.dumps(settings, indent=1))
-                    scores = [s if s is None else round(s, 6) for s in scores]
-                    table |= {(u, i): s for i, s in zip(items, scores)}
+        for u, items, scores in source():
+            if u in missing:
+                if not made.exists():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_atomically(made, json.dumps(settings, indent=1))
+                scores = [s if s is None else round(s, 6) for s in scores]
+                table |= {(u, i): s for i, s in zip(items, scores)}
+                with open(path, "a", encoding="utf-8") as f:
                     f.write(lines(u, zip(items, scores)))
-                    f.flush()
     return table
 
 

@@ -31,6 +31,7 @@ TINY = Path(__file__).parent / "tiny"
 # and plans anew for each shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
 logging.disable_progress_bar()                # of loading: seconds for what runs here, and lines between ours
+logging.set_verbosity_error()                 # its report of weights that do not fit is a page; ours is a line
 logging.get_logger("huggingface_hub").setLevel(logging.ERROR)         # each of its retries is a line
 
 
@@ -61,7 +62,11 @@ def load(name, device="cpu", dtype=torch.float32):
     except Exception as problem:                      # of many kinds: a folder may hold anything
         what = ("give a folder with config.json, tokenizer and model.safetensors, or a name and a network"
                 if isinstance(problem, OSError) else "take another one; code of a checkpoint is never run")
-        raise UserError(f"--backbone {name}: cannot be loaded ({_first_line(problem)}); {what}") from None
+        why = ("its weights do not fit its config.json" if "mismatched" in str(problem)
+               else _first_line(problem))
+        raise UserError(f"--backbone {name}: cannot be loaded ({why}); {what}") from None
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:    # transformers would make up an empty one
+        raise UserError(f"--backbone {name}: has no tokenizer files; get them, too")
     if missing := sorted(info["missing_keys"]):       # transformers would go on with random numbers there
         raise UserError(f"--backbone {name}: its files lack {len(missing)} of the weights, "
                         f"such as {missing[0]}; get them anew")
@@ -107,6 +112,8 @@ def check_backbone(model, name):
     except (TypeError, ValueError, AttributeError, RuntimeError) as problem:
         raise UserError(f"--backbone {name}: does not take packed rows ({_first_line(problem)}); "
                         "take another one") from None
+    if not torch.isfinite(want).all():
+        raise UserError(f"--backbone {name}: its weights give no finite numbers; get them anew")
     if not far < 0.1:
         raise UserError(f"--backbone {name}: its attention ignores the mask of packed rows; take another one")
     if not rescaled < 0.02:

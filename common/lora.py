@@ -93,7 +93,7 @@ def inject(model, targets="all-linear", rank=16, alpha=32.0, dropout=0.0, seed=0
     if targets == "all-linear":
         chosen, missing = linear, [] if linear else [targets]
     else:
-        targets = targets.split(",") if isinstance(targets, str) else targets
+        targets = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else targets
         ends = {t: [name for name in linear if f".{name}".endswith(f".{t}")] for t in targets}
         missing = sorted(t for t, names in ends.items() if not names)
         chosen = {name: m for name, m in linear.items() if any(name in names for names in ends.values())}

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from common.metrics import mean_std
-from common.run import Parser, write_atomically
+from common.run import Parser, UserError, read_json, write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --a: #2563eb; --b: #d97706; --c: #059669; --d: #be185d; --e: #7c3aed; --f: #64748b; }
@@ -96,13 +96,12 @@ def chart(lines, title, dots=False, square=None):
             f"<figcaption>{text(title)}{legend}</figcaption></figure>")
 
 
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def read_lines(path):
-    return ([json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            if path.exists() else [])
+    try:
+        return ([json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+                if path.exists() else [])
+    except ValueError:
+        raise UserError(f"{path} is not readable; remove it, or start anew with --overwrite") from None
 
 
 def curves(folder):
@@ -214,7 +213,7 @@ def page(title, body):
 def of_run(folder):
     """The HTML of one run folder."""
     folder = Path(folder)
-    result, facts, settings = (read(folder / f"{name}.json") for name in ("result", "header", "args"))
+    result, facts, settings = (read_json(folder / f"{name}.json") for name in ("result", "header", "args"))
     script = result.get("script", "run")
     body = [f"<p><code>{text(facts.get('command', ''))}</code></p>"]
     values = {k: dict(flat(result[k]))
@@ -257,7 +256,7 @@ def compare(folders):
         name = "/".join(re.sub(r"-s\d+$", "", part) for part in folder.relative_to(root).parts
                         if not re.fullmatch(r"s\d+", part))
         groups.setdefault(name or folder.name, []).append(folder)
-    results = {name: [dict(flat(read(f / "result.json").get("test", {}))) for f in found]
+    results = {name: [dict(flat(read_json(f / "result.json").get("test", {}))) for f in found]
                for name, found in groups.items()}
     keys = in_order({k for rs in results.values() for r in rs for k, v in r.items()
                      if isinstance(v, (int, float)) and k != "n"})
@@ -267,10 +266,10 @@ def compare(folders):
         rows.append([name, len(rs), *["" if c is None else f"{c[0]:.3f} ± {c[1]:.3f}" if len(rs) > 1 else c[0]
                                       for c in cells]])
     body = ["<h2>Test</h2>" + table(["", "runs", *keys], rows)]
-    settings = {name: read(found[0] / "args.json") for name, found in groups.items()}
+    settings = {name: read_json(found[0] / "args.json") for name, found in groups.items()}
     flags = [k for k in dict.fromkeys(k for s in settings.values() for k in s)
              if k not in ("run", "seed") and len({json.dumps(s.get(k)) for s in settings.values()}) > 1]
-    facts = read(Path(folders[0]) / "header.json")
+    facts = read_json(Path(folders[0]) / "header.json")
     body.append("<h2>What differs</h2>"
                 + table(["", *["--" + k.replace("_", "-") for k in flags]],
                         [[name, *[str(s.get(k, "")) for k in flags]] for name, s in settings.items()])

@@ -133,6 +133,12 @@ def parse(Args, doc, argv=None):
     try:
         at_least(args, 0, "seed seeds max_bad_rows")
         at_least(args, 1, "users")
+        for field in dataclasses.fields(Args):      # sizes beyond int32, numbers beyond fp32
+            value = getattr(args, field.name)
+            for x in value if isinstance(value, tuple) else (value,):
+                if (type(x) is int and abs(x) >= 2**31 and field.name not in ("seed", "seeds")
+                        or type(x) is float and abs(x) > torch.finfo(torch.float32).max):
+                    raise ValueError(f"--{field.name.replace('_', '-')} {x:g} is out of range")
         if any(seed >= 2**63 for seed in (getattr(args, "seed", 0), *getattr(args, "seeds", ()))):
             raise ValueError("--seed and --seeds must be below 2**63")
         if getattr(args, "resume", False) and args.overwrite:
@@ -272,6 +278,8 @@ def folder_of(args, script, tail):
     and rsync. UserError where an ablation's runs would go into a run."""
     folder = Path(args.run or (
         f"runs/{script}-{Path(args.data).name}-{Path(args.backbone).name}-{tail}".replace(":", "-")))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--run {folder} is a file; name a folder")
     if tail == "ablations" and is_run(folder):
         raise UserError(f"{folder} holds a single run; name another folder for --ablations with --run")
     return folder
@@ -292,7 +300,7 @@ def write_table(root, args, rows, runs):
     from common import report
     record = {"ablations": rows, "data": args.data, "backbone": args.backbone,
               "seeds": list(args.seeds or (args.seed,))}
-    headers = [json.loads((folder / "header.json").read_text()) for folder in runs]
+    headers = [read_json(folder / "header.json") for folder in runs]
     made = {"command": command_line(), "runs": len(runs),
             "minutes": round(sum(h.get("minutes", 0) for h in headers)),
             "commits": sorted({h.get("commit") or "none" for h in headers})}
@@ -335,6 +343,50 @@ def is_run(folder):
         return False
 
 
+def read_json(path):
+    """A dict from a file, {} if it is not there. UserError if it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return dict(found)
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is not readable; remove it, or start anew with --overwrite") from None
+
+
+CLAIMED = {}                                        # inode of a folder: the handle that locks it
+
+
+def inode(where):
+    found = os.stat(where)
+    return found.st_dev, found.st_ino
+
+
+def claim(folder):
+    """The folder is this process's until its run has its result: two that write to one would mix their runs."""
+    try:
+        import fcntl
+    except ImportError:                             # Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    here = inode(handle)
+    try:
+        if here not in CLAIMED:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            CLAIMED[here], handle = handle, None
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process; wait for it, "
+                        "or name another folder with --run") from None
+    except OSError:                                 # a file system without locks
+        pass
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def release(folder):
+    if handle := CLAIMED.pop(inode(folder), None):
+        os.close(handle)
+
+
 def read_checkpoint(path):
     """(tensors, state) of what Run.save wrote. A damaged file is a UserError that names it."""
     try:
@@ -370,6 +422,7 @@ class Run:
             return
         # kept aside until there is something to keep of the new one, which may fail to start
         if args.overwrite and not args.resume and is_run(self.folder):
+            claim(self.folder)
             self.replaced = self.folder.with_name(f"{self.folder.name}.replaced")
             if is_run(self.replaced):           # left by a process that was killed on the way
                 shutil.rmtree(self.replaced)
@@ -396,18 +449,14 @@ class Run:
         if not path.exists():
             Run.made.append(self)
         self.folder.mkdir(parents=True, exist_ok=True)
+        claim(self.folder)
         write_atomically(path, json.dumps(identity, indent=1, sort_keys=True))
         self.phases = self.read("phases.json")
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
 
     def read(self, name):
-        """A JSON file of the folder, {} if it is not there. UserError if it is damaged."""
-        path = self.folder / name
-        try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError:
-            raise UserError(f"{path} is not readable; start anew with --overwrite") from None
+        return read_json(self.folder / name)
 
     # phases --------------------------------------------------------------------------------
     def done(self, phase):
@@ -425,7 +474,7 @@ class Run:
         self.phases[phase] = record
         write_atomically(self.folder / "phases.json", json.dumps(self.phases, indent=1))
         if (path := self.folder / "header.json").exists():      # a resumed run adds to what it took before
-            now, facts = time.perf_counter(), json.loads(path.read_text())
+            now, facts = time.perf_counter(), self.read("header.json")
             facts["minutes"], self.since = round(facts.get("minutes", 0) + (now - self.since) / 60, 2), now
             write_atomically(path, json.dumps(facts, indent=1))
         if phase != "result":
@@ -437,7 +486,7 @@ class Run:
             if (Path(other) / name).exists():
                 shutil.copyfile(Path(other) / name, self.folder / f"{name}.tmp")
                 os.replace(self.folder / f"{name}.tmp", self.folder / name)
-        self.phases[phase] = json.loads((Path(other) / "phases.json").read_text())[phase]
+        self.phases[phase] = read_json(Path(other) / "phases.json")[phase]
         write_atomically(self.folder / "phases.json", json.dumps(self.phases, indent=1))
 
     # checkpoints ---------------------------------------------------------------------------
@@ -542,7 +591,7 @@ class Run:
         if self.rank > 0:
             return
         path = self.folder / "header.json"
-        earlier = json.loads(path.read_text()) if path.exists() else {}
+        earlier = self.read("header.json")
         facts = {"command": command_line(),
                  "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
                              f"transformers {transformers.__version__}", "commit": commit(), **facts}
@@ -561,5 +610,6 @@ class Run:
         text = json.dumps(record, sort_keys=True)
         write_atomically(self.folder / "result.json", text + "\n")
         report.write([self.folder], self.folder / "report.html")
+        release(self.folder)
         print("RESULT " + text, flush=True)
         return record

@@ -410,7 +410,7 @@ def test_a_prompt_beyond_the_positions_is_refused_wherever_it_is_read():
             read()
 
 
-def test_a_backbone_that_lacks_weights_or_does_not_fit_its_config_is_refused(tmp_path):
+def test_a_backbone_that_lacks_weights_or_a_tokenizer_or_does_not_fit_its_config_is_refused_in_one_line(tmp_path, capfd):
     shutil.copytree(llm.TINY, tmp_path / "lacks")
     path = tmp_path / "lacks" / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -420,8 +420,19 @@ def test_a_backbone_that_lacks_weights_or_does_not_fit_its_config_is_refused(tmp
     shutil.copytree(llm.TINY, tmp_path / "other")
     path = tmp_path / "other" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 24}))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded \\(its weights do not fit its config.json\\)"):
         llm.load(tmp_path / "other")
+    assert capfd.readouterr() == ("", "")                                            # no page of transformers' about it
+    shutil.copytree(llm.TINY, tmp_path / "nan")
+    path = tmp_path / "nan" / "model.safetensors"
+    safetensors.torch.save_file({k: t * (0 if "1.mlp.down_proj" in k else 1) / (0 if "1.mlp.down_proj" in k else 1) for k, t in tensors.items()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="no finite numbers"):
+        llm.load(tmp_path / "nan")
+    shutil.copytree(llm.TINY, tmp_path / "mute")
+    for file in (tmp_path / "mute").glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no tokenizer files"):
+        llm.load(tmp_path / "mute")
 
 
 def test_a_backbone_that_is_not_there_is_one_clear_line(tmp_path):

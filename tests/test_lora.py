@@ -174,7 +174,7 @@ def test_the_same_seed_draws_the_same_adapter_whatever_the_global_random_state()
 def test_targets_are_ends_of_paths_and_all_linear_leaves_the_output_head_alone():
     assert lora.inject(qwen(), ("q_proj",)) == [f"model.layers.{k}.self_attn.q_proj" for k in range(2)]
     assert lora.inject(qwen(), ("layers.1.self_attn.v_proj",)) == ["model.layers.1.self_attn.v_proj"]
-    assert len(lora.inject(qwen(), "all-linear")) == 2 * 7
+    assert len(lora.inject(qwen(), "all-linear")) == 2 * 7 and len(lora.inject(qwen(), " q_proj, v_proj")) == 2 * 2
     with pytest.raises(UserError, match="--lora-targets c_attn: no such .* has down_proj, gate_proj, k_proj"):
         lora.inject(qwen(), ("q_proj", "c_attn"))
     with pytest.raises(ValueError, match="already"):

@@ -71,7 +71,8 @@ def test_flags_become_fields_with_their_types():
 @pytest.mark.parametrize("argv, words", [
     (["--sede", "1"], "did you mean --seed"), (["--see", "1"], "unknown flag"), (["--seed", "1.5"], "invalid"),
     (["--lr", "nan"], "invalid"), (["--mode", "c"], "invalid choice"), (["--seed", "-1"], "must not be negative"),
-    (["--weights", "1,x"], "invalid"), (["stray"], "stray"), (["--seed", str(2**63)], "below 2**63"), (["--resume", "--overwrite"], "leave one of them out")])
+    (["--weights", "1,x"], "invalid"), (["stray"], "stray"), (["--seed", str(2**63)], "below 2**63"),
+    (["--limit", str(2**31)], "--limit 2.14748e+09 is out of range"), (["--weights", "1,1e300"], "--weights 1e+300 is out of range"), (["--lr", "inf"], "invalid"), (["--resume", "--overwrite"], "leave one of them out")])
 def test_a_usage_error_is_one_line_and_status_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Args, "", argv)
@@ -218,8 +219,48 @@ def test_a_run_of_another_script_and_a_damaged_list_of_phases_are_one_line(tmp_p
         start(tmp_path / "r", resume=True)
     path.write_text(path.read_text().replace('"script": "other"', '"script": "t"'))
     (tmp_path / "r" / "phases.json").write_text('{"a":')
-    with pytest.raises(UserError, match="phases.json is not readable"):
+    with pytest.raises(UserError, match="phases.json is not readable; remove it"):
         start(tmp_path / "r", resume=True)
+
+
+@pytest.mark.parametrize("name,content", [("header.json", b"{"), ("header.json", b"[1]"), ("phases.json", b"[1]"), ("metrics.jsonl", b'{"a": 1}\n\xff\n')])
+def test_a_damaged_file_of_a_run_is_one_line_that_names_it(tmp_path, name, content):
+    start(tmp_path / "r").header()
+    (tmp_path / "r" / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is not readable"):
+        run = start(tmp_path / "r", resume=True)
+        run.header()
+        run.result({})
+
+
+def test_a_folder_is_one_process_alone_until_the_run_has_its_result(tmp_path, capsys):
+    """The others are told, with --resume and with --overwrite, and touch nothing; a kill frees it."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        start(tmp_path / "file")
+    code = ("import sys, time; from tests.test_run import start; run = start(sys.argv[1]); run.finish('a', {}); print('begun', flush=True);"
+            "sys.stdin.read(1); run.result({}); print('told', flush=True); time.sleep(60)")
+    other = lambda: subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "r")], cwd=ROOT, text=True,
+                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first = other()
+    while first.stdout.readline() != "begun\n":
+        assert first.poll() is None
+    before = {f.name: f.read_bytes() for f in (tmp_path / "r").iterdir()}
+    for flags in ({"resume": True}, {"overwrite": True, "seed": 1}):
+        with pytest.raises(UserError, match="in use by another process"):
+            start(tmp_path / "r", **flags)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "r").iterdir()} == before and len(list(tmp_path.iterdir())) == 2
+    first.stdin.write("x")
+    first.stdin.flush()
+    while first.stdout.readline() != "told\n":
+        assert first.poll() is None
+    start(tmp_path / "r", resume=True)
+    start(tmp_path / "r", resume=True)                                               # its own
+    first.kill()
+    first.wait()
+    second = start(tmp_path / "r", overwrite=True)
+    second.finish("b", {})
+    assert list(second.phases) == ["b"]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

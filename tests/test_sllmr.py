@@ -474,6 +474,16 @@ def test_another_file_of_scores_is_no_resume_and_an_ablation_overwrites_its_scor
     assert len((tmp_path / "all" / "scores-s0" / "scores.jsonl").read_bytes()) < len(before)
 
 
+@pytest.mark.parametrize("damaged", ["{bro", "[]x", "[1]"])
+def test_a_damaged_record_of_how_scores_were_made_is_one_line(tmp_path, damaged):
+    r = rows()
+    sllmr.score(r.args, tmp_path, r)
+    (tmp_path / "scores-args.json").write_text(damaged)
+    for change in ({}, {"scores": str(tmp_path / "scores.jsonl")}):
+        with pytest.raises(UserError, match="scores-args.json is not readable"):
+            sllmr.score(dataclasses.replace(r.args, **change), tmp_path, r)
+
+
 def test_scores_of_another_toy_world_or_of_the_run_that_is_to_go_are_refused(tmp_path, capsys):
     sllmr.main(sllmr.Args, sllmr.train, "", [*SMALL, "--run", str(tmp_path / "r")])
     for run, flags, message in (("b", ("--seed", "1"), "another toy world"), ("r", ("--overwrite",), "of the run that --overwrite removes")):
