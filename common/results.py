@@ -82,7 +82,7 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      "--tune-steps 200 --prompt-history 5 --lr 1e-2 --weight-decay 1e-5 --batch 1024 --dim 32 "
      "--rank-users 100 --variants none,ones,KD,pointwise,agreement --lams 0.03,0.1", None),
     ("coco", "toy",
-     "--ablations --seeds 0,1,2 --data toy:1200x4000x30000:0.3 --prompt-len 7 --epochs 12 --eliminate-epochs 2 "
+     "--ablations --seeds 0,1,2 --data toy:1200x4000x30000:0.3 --prompt-len 7 --eliminate-epochs 2 "
      "--variants 'no LLM,no LLM but categories,static,codebook,full,judge all'", "pilot.png"),
     ("coco", "toy-parts",
      "--ablations --seeds 0,1,2 --data toy:400x1300x8000 --epochs 4 "
