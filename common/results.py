@@ -60,7 +60,7 @@ COMMANDS = (   # method, data, flags, the picture that the README shows
      f"{SLLMR_TOY} --lr 2e-2 --lams 0.1 --variants none,ones,paper,agreement "
      "--recommenders deepfm,dcnv2,autoint,dcn,din,xdeepfm", "dcnv2/gate.png"),
     ("sllmr", "toy-60",
-     f"{SLLMR_TOY} --candidates 60 --test-negatives 10 --lrs 0.005,0.01,0.02,0.04 --lams 0.03,0.1,0.3 "
+     f"{SLLMR_TOY} --candidates 60 --test-negatives 10 --lrs 0.0025,0.005,0.01,0.02,0.04,0.08 --lams 0.03,0.1,0.3 "
      "--variants none,ones,agreement "
      "--recommenders deepfm,dcnv2,autoint,dcn,din,xdeepfm", None),
     ("sllmr", "toy-once",
