@@ -426,9 +426,10 @@ def tune(rows, model, tokenizer, yes, no, batch=16, asked=500):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 20) * (1 - step / args.tune_steps)
         optimizer.zero_grad(set_to_none=True)
-        pick = train[rng.integers(0, len(train), batch)]
-        for part in np.split(pick, 4) if model.device.type == "cuda" else [pick]:             # for its memory
-            prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place) for u, place, i, j in part])
+        pick, size = train[rng.integers(0, len(train), batch)], 4 if model.device.type == "cuda" else batch
+        for start in range(0, batch, size):                     # in parts that fit a GPU's memory
+            prefixes, tails = split(tokenizer, [ask(rows, u, [i, j], place)
+                                                for u, place, i, j in pick[start:start + size]])
             packed = llm.pack_tails(prefixes, [[tail + [answer] for tail, answer in zip(row, (yes, no))]
                                                for row in tails]).to(model.device)
             last = llm.last_slots(packed)
@@ -669,7 +670,7 @@ def score(args, folder, rows):
         path.unlink(missing_ok=True)
         made.unlink(missing_ok=True)
     REMADE.add(folder)
-    earlier = read_json(made) or settings
+    earlier = read_json(made) if made.exists() else settings
     if differ := differences(earlier, settings):
         raise UserError(f"{folder} holds scores that were made with other settings ({differ}); "
                         "remove it, or name another folder with --run")

@@ -347,8 +347,10 @@ def read_json(path):
     """A dict from a file, {} if it is not there. UserError if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return dict(found)
-    except (ValueError, TypeError):
+        if not isinstance(found, dict):
+            raise ValueError
+        return found
+    except ValueError:
         raise UserError(f"{path} is not readable; remove it, or start anew with --overwrite") from None
 
 
@@ -466,6 +468,7 @@ class Run:
     def drop_replaced(self):
         """The run that this one replaces (--overwrite) goes."""
         if self.replaced and self.replaced.is_dir():
+            release(self.replaced)
             shutil.rmtree(self.replaced)
         self.replaced = None
 

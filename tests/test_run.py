@@ -223,7 +223,7 @@ def test_a_run_of_another_script_and_a_damaged_list_of_phases_are_one_line(tmp_p
         start(tmp_path / "r", resume=True)
 
 
-@pytest.mark.parametrize("name,content", [("header.json", b"{"), ("header.json", b"[1]"), ("phases.json", b"[1]"), ("metrics.jsonl", b'{"a": 1}\n\xff\n')])
+@pytest.mark.parametrize("name,content", [("header.json", b"{"), ("header.json", b"[1]"), ("phases.json", b"[]"), ("phases.json", b"[1]"), ("metrics.jsonl", b'{"a": 1}\n\xff\n')])
 def test_a_damaged_file_of_a_run_is_one_line_that_names_it(tmp_path, name, content):
     start(tmp_path / "r").header()
     (tmp_path / "r" / name).write_bytes(content)

@@ -474,7 +474,7 @@ def test_another_file_of_scores_is_no_resume_and_an_ablation_overwrites_its_scor
     assert len((tmp_path / "all" / "scores-s0" / "scores.jsonl").read_bytes()) < len(before)
 
 
-@pytest.mark.parametrize("damaged", ["{bro", "[]x", "[1]"])
+@pytest.mark.parametrize("damaged", ["{bro", "[]x", "[]", "[1]"])
 def test_a_damaged_record_of_how_scores_were_made_is_one_line(tmp_path, damaged):
     r = rows()
     sllmr.score(r.args, tmp_path, r)
